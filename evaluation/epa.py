@@ -30,6 +30,7 @@ class Pollutant:
     unit: str  # of the concentrations
     decimals: int  # precision to which a concentration is truncated
     bands: tuple[Band | None, ...]  # (C_lo, C_hi) per category; None where EPA defines none
+    molar_mass: Decimal | None  # of a gas, g/mol
 
     @property
     def typical(self) -> tuple[float, float]:
@@ -57,6 +58,7 @@ _TABLE = (  # bands: lowest–highest concentration of each category
     ("so2", "SO2", "ppb", 0, "0–35 36–75 76–185 186–304 305–604 605–1004"),
     ("no2", "NO2", "ppb", 0, "0–53 54–100 101–360 361–649 650–1249 1250–2049"),
 )
+_MOLAR_MASSES = {"o3": "47.998", "co": "28.010", "so2": "64.064", "no2": "46.006"}  # g/mol, NIST Chemistry WebBook
 
 
 def _bands(text: str) -> tuple[Band | None, ...]:
@@ -64,7 +66,12 @@ def _bands(text: str) -> tuple[Band | None, ...]:
     return tuple(None if len(band) == 1 else (Decimal(band[0]), Decimal(band[1])) for band in edges)
 
 
-POLLUTANTS: dict[str, Pollutant] = {row[0]: Pollutant(*row[:4], _bands(row[4])) for row in _TABLE}
+def _molar_mass(key: str) -> Decimal | None:
+    mass = _MOLAR_MASSES.get(key.partition("_")[0])
+    return None if mass is None else Decimal(mass)
+
+
+POLLUTANTS: dict[str, Pollutant] = {row[0]: Pollutant(*row[:4], _bands(row[4]), _molar_mass(row[0])) for row in _TABLE}
 
 
 def sub_index(key: str, value: Value) -> int:

@@ -1,20 +1,30 @@
-"""Which column each field is read from, and its values: numbers in the field's own unit, decimal commas as points."""
+"""Which column each field is read from, and its values: numbers in the field's own unit, decimal commas as points.
 
-from collections.abc import Mapping
+The unit of a column may be stated in params.yaml, in the column's name, in a column of units, in the first row, above
+the header, or elsewhere in the file. Statements that contradict each other are refused; without any, the numbers are
+read in the field's own unit, which is said.
+"""
+
+import json
+import math
+import re
+from collections.abc import Collection, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from decimal import Decimal
 from statistics import median
 
 from evaluation.marks import mark_of
 from evaluation.sources.tabular import RawRow, Table
-from evaluation.tasks import Field, Task, decimal_commas, number, with_point
+from evaluation.sources.units import factor, plain, stated, units_in
+from evaluation.tasks import Field, RowError, Task, decimal_commas, is_missing, number, with_point
 from trainers.settings import Section
 from trainers.words import as_written, nearest, suggest
 
-# Units of one family differ by powers of ten; converting between the families takes temperature and pressure.
-_MASS = {"µg/m3": Decimal(1), "mg/m3": Decimal(1000)}
-_VOLUME = {"ppb": Decimal(1), "ppm": Decimal(1000)}
-_SPELLINGS = {"ug/m3": "µg/m3", "mcg/m3": "µg/m3", "ppmv": "ppm", "ppbv": "ppb"}
+_UNIT_NAME = re.compile(
+    r"units?(?:[\s_]*of[\s_]*measure(?:ment)?s?)?|uom|einheit(?:en)?|unités?|unidad(?:es)?|eenheid|单位"
+)
+_LIKELY = {"gas": ("µg/m³", "ppb", "ppm"), "particles": ("µg/m³", "mg/m³")}  # what a column without a unit may be in
 
 
 class Column(Section):
@@ -46,13 +56,13 @@ def checked_columns(
             problems.append(f"column {column!r} is mapped to both {twin!r} and {name!r}; map it once.")
         else:
             try:
-                factor(name, fields[name].unit, unit)
+                if unit is not None:
+                    units[name] = stated(unit) or unit
+                    factor(fields[name].unit, units[name], fields[name].molar_mass)
             except ValueError as error:
-                problems.append(str(error))
+                problems.append(f"{name}: {error}.")
                 continue
             columns[name] = column
-            if unit is not None:
-                units[name] = unit
     problems += [
         f"column {column!r} is mapped to {name!r}, but {other!r} is read from it too; map {other!r} to another one."
         for name, column in columns.items()
@@ -61,25 +71,6 @@ def checked_columns(
     ]
     check = getattr(task, "check_mapping", None)
     return columns, units, [*problems, *(check(entries) if check else ())]
-
-
-def factor(name: str, to: str | None, unit: str | None) -> Decimal:
-    """What a value in `unit` is multiplied by to be in unit `to`; ValueError if that is impossible."""
-    if unit is None:
-        return Decimal(1)
-    if to is None:
-        raise ValueError(f"{name}: expected no unit, got {unit!r}; this field has none.")
-    family, other = (_VOLUME, _MASS) if to in _VOLUME else (_MASS, _VOLUME)
-    plain = unit.strip().lower().replace(" ", "").replace("μ", "µ").replace("^3", "3").replace("³", "3")
-    plain = _SPELLINGS.get(plain, plain)
-    if plain in family:
-        return family[plain] / family[to.replace("³", "3")]
-    if plain in other:
-        raise ValueError(
-            f"{name}: cannot turn {unit} into {to}: that takes temperature and pressure, which the file does "
-            f"not give. Convert the column to {' or '.join(family)} first."
-        )
-    raise ValueError(f"{name}: expected the unit {' or '.join(family)}, got {unit!r}.")
 
 
 def match_columns(
@@ -119,53 +110,234 @@ def match_columns(
     return columns, problems, notes
 
 
+# --- units ---
+
+
+def with_unit_row(table: Table) -> Table:
+    """Without a first row that holds units above numbers, which become those of its columns."""
+    first, *below = table.rows or [RawRow(1, None, {})]
+    units = dict[str, str]()
+    for column, cell in first.values.items():
+        number_below = next((c for row in below if not is_missing(c := row.values.get(column))), "")
+        if isinstance(cell, str) and _is_unit(cell) and re.match(r"\s*[-−+.]?\d", str(number_below)):
+            units[column] = cell
+    return replace(table, rows=below, units={**table.units, **units}) if units else table
+
+
+def _is_unit(text: str) -> bool:
+    return bool(units_in(text)) and not text.strip()[0].isdigit()
+
+
+def unit_columns(table: Table, numbers: Collection[str]) -> dict[str, str]:
+    """Column of `numbers` → the column that has the unit of each.
+
+    That is the one named after it ("NO2 Units" of "NO2 Mean"), else the next one to the right, else one in front of all
+    columns of numbers. A column of units is called so, or has units in all of its cells.
+    """
+    stems = dict[str, str]()  # column of units → what it is named after
+    for column in table.columns if numbers else ():
+        texts = (cell.strip() for row in table.rows if isinstance(cell := row.values.get(column), str) and cell.strip())
+        first, is_named = next(texts, ""), _UNIT_NAME.search(column.casefold())
+        if column in numbers or not first or not (is_named or _is_unit(first)):
+            continue
+        stem = plain(_UNIT_NAME.sub("", column.casefold())) if is_named else ""
+        are_units = list(map(_is_unit, {first, *texts}))
+        if all(are_units) or (is_named and (not stem or any(are_units))):
+            stems[column] = stem
+    others = [plain(column) for column in table.columns if column not in stems]
+    free = [c for c, stem in stems.items() if not stem or not any(other.startswith(stem) for other in others)]
+    front = min((table.columns.index(column) for column in numbers if column in table.columns), default=0)
+    result = dict[str, str]()
+    for column in numbers:
+        own, place = plain(column), table.columns.index(column) if column in table.columns else front
+        after = [c for c, stem in stems.items() if stem and (own.startswith(stem) or stem.startswith(own))]
+        right = next((c for c in table.columns[place + 1 :] if c in free), None)
+        if units_in(column) and right not in table.columns[place + 1 : place + 2]:
+            right = None  # the header has its unit, and another column's stands further away
+        left = next((c for c in table.columns[:front] if c in free and not units_in(column)), None)
+        if best := max(after, key=lambda c: len(stems[c]), default=right or left):
+            result[column] = best
+    return result
+
+
+# --- values ---
+
+
 class FieldReader:
-    """Reads the fields of one table's rows."""
+    """Reads the fields of one table's rows; numbers of a field with a unit come in that unit.
+
+    `problems` and `notes`: statements that contradict each other, and what a user should know.
+    """
 
     def __init__(
-        self, fields: Mapping[str, Field], columns: Mapping[str, str], units: Mapping[str, str], table: Table
+        self,
+        fields: Mapping[str, Field],
+        columns: Mapping[str, str],
+        units: Mapping[str, str],
+        table: Table,
+        missing: Collection[str | float],
     ) -> None:
-        self.fields, self.columns, self.units, self.table = fields, columns, units, table
-        self.factors = {name: factor(name, fields[name].unit, units.get(name)) for name in columns}
+        self._missing = {_canonical(mark) for mark in missing}
+        self.fields, self.columns, self.table = fields, columns, table
+        self.problems, self.notes = list[str](), list[str]()
         numeric = dict.fromkeys(column for name, column in columns.items() if fields[name].typical)
         self.commas = [c for c in numeric if decimal_commas(raw.values.get(c) for raw in table.rows)]
+        if self.commas:
+            self.notes.append(f"Decimal commas are read as points in {', '.join(self.commas)}.")
+        readings = {name: column for name, column in columns.items() if fields[name].unit}
+        self.unit_columns = unit_columns(table, list(readings.values()))
+        self._converted = list[str]()
+        self.units = {name: self._unit(name, column, units.get(name)) for name, column in readings.items()}
+        if self._converted:
+            self.notes.append(f"Units are converted, a gas at 25 °C and 1 atm: {', '.join(self._converted)}.")
+        own = {name: column for name, column in readings.items() if column not in self.unit_columns}
+        self.unstated = {name: column for name, column in own.items() if self.units[name] is None}
+        if self.unstated:
+            as_what = ", ".join(f"{column!r} is read in {fields[name].unit}" for name, column in self.unstated.items())
+            self.notes.append(f"No unit is stated: {as_what}. If that is wrong, name the unit in columns.")
+
+    def _unit(self, name: str, column: str, given: str | None) -> str | None:
+        """The unit of all of a column's numbers; None if each row has its own, or none is stated."""
+        beside = self.unit_columns.get(column)
+        values = [raw.values for raw in self.table.rows if beside and not is_missing(raw.values.get(column))]
+        statements = [
+            ("prepare_data.columns", given or ""),
+            (f"the name of column {column!r}", column),
+            ("the file", str(self.table.units.get(column, ""))),
+        ]
+        statements += [
+            (f"column {beside!r}", text) for text in {str(row.get(str(beside)) or ""): None for row in values}
+        ]
+        where = dict[str, str]()  # unit → where it is stated
+        for place, text in statements:
+            try:
+                unit = given if given in units_in(text) else stated(text)
+            except ValueError as error:
+                self.problems.append(f"{name}: {error}.")
+                continue
+            if unit:
+                where.setdefault(unit, place)
+        above = {unit for line in self.table.above for unit in units_in(line)} - {self.fields[name].unit}
+        if above and not where:
+            self.problems.append(
+                f"{name}: the lines above the header name {' and '.join(sorted(above))}. Write the unit of column "
+                f"{column!r} under columns: {name}: {{column: {column}, unit: …}}."
+            )
+        every = next((unit for unit, place in where.items() if place != f"column {beside!r}"), None)
+        if every and len(where) > 1:
+            found = " and ".join(f"{unit} in {place}" for unit, place in where.items())
+            self.problems.append(
+                f"{name}: expected one unit, got {found}. Correct what is wrong, or rename the column."
+            )
+        for unit in where:
+            try:
+                if factor(self.fields[name].unit, unit, self.fields[name].molar_mass) != 1:
+                    self._converted.append(f"{column!r} from {unit} to {self.fields[name].unit}")
+            except ValueError as error:
+                if every:
+                    self.problems.append(f"{name}: {error} ({where[unit]}).")
+        return every
+
+    def values(self, raw: RawRow) -> dict[str, object]:
+        """Field → value; RowError if a number's unit is none that is known."""
+        values = dict[str, object]()
+        for name, column in self.columns.items():
+            values[name] = value = self._cell(raw, column)
+            spec, unit = self.fields[name], self.units.get(name)
+            if spec.unit is None or is_missing(value) or name in self.unstated:
+                continue
+            try:
+                times = factor(spec.unit, unit or self._unit_of_row(raw, column), spec.molar_mass)
+            except ValueError as error:
+                raise RowError(name, str(error)) from error
+            # Decimals: 70 ppb are 0.07 ppm, and EPA truncates, so 0.06999… would fall below the breakpoint.
+            with suppress(ValueError):  # the task explains what is wrong with the cell
+                values[name] = number(value, signed=True) * times
+        return values
+
+    def _unit_of_row(self, raw: RawRow, column: str) -> str:
+        beside = self.unit_columns[column]
+        text = str(raw.values.get(beside) or "")
+        if unit := stated(text):
+            return unit
+        raise ValueError(f"expected a unit in column {beside!r}, got {text!r}")
 
     def _cell(self, raw: RawRow, column: str) -> object:
         cell = raw.values.get(column)
+        if self._missing and _canonical(cell) in self._missing:
+            return None
         return with_point(cell) if column in self.commas else cell
 
-    def values(self, raw: RawRow) -> dict[str, object]:
-        """Field → value."""
-        values = {}
+    def repeated_marks(self) -> list[str]:
+        """What to say about cells that may mark missing values, because they are no usual numbers and come again."""
+        places = dict[Decimal | str, list[tuple[str, str]]]()  # mark → text and column of each cell
         for name, column in self.columns.items():
-            value, times = self._cell(raw, column), self.factors[name]
-            if times != 1:
-                # Decimal: 70 ppb are 0.07 ppm, and EPA truncates, so 0.06999… would fall below the breakpoint.
-                with suppress(ValueError):  # the task explains what is wrong with the cell
-                    value = number(value) * times
-            values[name] = value
-        return values
+            spec, unit = self.fields[name], self.units.get(name)
+            if spec.typical is None:
+                continue
+            scale = factor(spec.unit, unit, spec.molar_mass) if unit else 1
+            mixed = unit is None and column in self.unit_columns
+            beyond = Decimal("Infinity") if mixed else Decimal(spec.typical[1]) / scale
+            for raw in self.table.rows:
+                cell = self._cell(raw, column)
+                if not is_missing(cell) and _is_mark(cell, beyond):
+                    places.setdefault(_canonical(cell), []).append((str(cell).strip(), column))
+        marks = []
+        for mark, cells in sorted(places.items(), key=lambda place: len(place[1]), reverse=True)[:3]:
+            columns = ", ".join(dict.fromkeys(column for _, column in cells))
+            written = json.dumps(mark, ensure_ascii=False) if isinstance(mark, str) else f"{mark:f}"
+            if len(cells) > (2 if any(map(str.isalpha, cells[0][0])) else 1):
+                marks.append(
+                    f"{cells[0][0]!r} stands in {len(cells)} cells of {columns}. If it marks missing values, write "
+                    f"missing: [{written}] in prepare_data."
+                )
+        return marks
 
     def doubtful_units(self) -> list[str]:
-        """Questions about columns without a unit whose values would fit the field's other one."""
+        """Questions about columns without a unit whose values would fit another one."""
         problems = []
-        for name, column in self.columns.items():
+        for name, column in self.unstated.items():
             spec = self.fields[name]
-            if spec.unit is None or spec.typical is None or name in self.units:
-                continue
             numbers = list[Decimal]()
             for raw in self.table.rows:
                 with suppress(ValueError):
                     numbers.append(number(self._cell(raw, column)))
-            middle = float(median([value for value in numbers if value] or [Decimal(0)]))
-            family = _VOLUME if spec.unit in _VOLUME else _MASS
-            other = next(unit for unit in family if unit != spec.unit.replace("³", "3"))
-            low, high = spec.typical
-            if middle and not low <= middle <= high and low <= middle * float(factor(name, spec.unit, other)) <= high:
+            middle = median([value for value in numbers if value] or [Decimal(0)])
+            low, high = spec.typical or (0, math.inf)
+            fit = [unit for unit in _LIKELY["gas" if spec.molar_mass else "particles"] if _fits(middle, unit, spec)]
+            if middle and not low <= middle <= high and fit:
                 size = "large" if middle > high else "small"
                 problems.append(
                     f"{name}: expected {spec.unit}, got a median of {middle:g} in column {column!r}, which is too "
-                    f"{size} for that and would fit {other}. If it is {other}, write {name}: {{column: {column}, unit: "
-                    f"{other}}} under columns in params.yaml; if it is right as it is, write unit: {spec.unit} there."
+                    f"{size} for that and would fit {' or '.join(fit)}. Look up its unit and write it under columns, "
+                    f"e.g. {name}: {{column: {column}, unit: {fit[-1]}}}; if it is right as it is, write unit: "
+                    f"{spec.unit} there."
                 )
         return problems
+
+
+def _is_mark(cell: object, beyond: Decimal) -> bool:
+    """Whether a cell may mark a missing value: a word, a whole negative number, 999, a number beyond the scale."""
+    try:
+        value = number(cell, signed=True)
+    except ValueError:
+        return isinstance(cell, str) and not re.search(r"\d", cell)
+    nines = re.fullmatch(r"-?99+(?:\.9+|\.0+)?", f"{value:f}") is not None and abs(value) > 99
+    return nines or value > beyond or (value < 0 and value == value.to_integral_value())
+
+
+def _canonical(cell: object) -> Decimal | str:
+    """The same for cells that say the same: -999, -999.0 and " -999.00 "."""
+    try:
+        return number(str(cell), signed=True).normalize()
+    except ValueError:
+        return str(cell).strip().casefold()
+
+
+def _fits(value: Decimal, unit: str, spec: Field) -> bool:
+    """Whether `value` in `unit` is a plausible median."""
+    low, high = spec.typical or (0, math.inf)
+    try:
+        return low <= value * factor(spec.unit, unit, spec.molar_mass) <= high
+    except ValueError:
+        return False

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -14,7 +15,7 @@ from pydantic import field_validator
 
 from evaluation import EvaluationError
 from evaluation.marks import NOT_LEARNED, is_empty, is_learned, is_mark
-from evaluation.sources.columns import Column, FieldReader, checked_columns, match_columns
+from evaluation.sources.columns import Column, FieldReader, checked_columns, match_columns, with_unit_row
 from evaluation.sources.hub import HUB, DataSet, open_data_set
 from evaluation.sources.tabular import AUTO, RawRow, Table, read_file
 from evaluation.tasks import Item, RowError, Source, Task, brief
@@ -34,6 +35,7 @@ class RowSource(Section):
 
     source: str  # hub | hub:org/name[@revision] | a file of a kind in FILES | a folder in the hub's format
     columns: dict[str, str | Column | None]  # field → column, in addition to the task's; null: do without the field
+    missing: list[str | int | float] = Key(default=[])  # cells that hold nothing, besides NA, nan, null, none and n/a
     hub_split: str | None  # for training and validation; null: the task's own
     hub_test_split: str | None  # null: the task's own if the data set has it; like hub_split: drawn from that
     hub_subset: str | None  # configuration; null: the task's own if the data set has it
@@ -163,13 +165,16 @@ def read_recipe(task: Task, where: RowSource, control: Sequence[str] = ()) -> Re
     names = [mapping.get(name, spec.column) for name, spec in fields.items()]
     try:
         tables, facts, notes = _tables(task.NAME, defaults, where, [name for name in names if name])
-        if not entries and hasattr(task, "as_published"):
-            entries, of_agency = _of_agency(task.as_published, tables)
-            mapping, units, problems = checked_columns(task, entries)
-            notes += of_agency
+        if any(spec.unit for spec in fields.values()):
+            tables = {split: with_unit_row(table) for split, table in tables.items()}
+        if hasattr(task, "as_published"):
+            recognized, as_published = _of_agency(partial(task.as_published, mapping=mapping, units=units), tables)
+            if not entries:
+                mapping, units, problems = checked_columns(task, recognized)
+            notes += as_published
         if hasattr(task, "recognize"):
-            recognized, note = task.recognize(next(iter(tables.values())).columns, mapping)  # all splits have the same
-            mapping, fields = dict(recognized), {name: fields[name] for name in recognized}
+            form, note = task.recognize(next(iter(tables.values())).columns, mapping)  # all splits have the same
+            mapping, fields = dict(form), {name: fields[name] for name in form}
             notes.append(note)
     except EvaluationError as error:
         raise EvaluationError([*problems, *error.problems], f"{where.source} cannot be used:") from error.__cause__
@@ -178,11 +183,11 @@ def read_recipe(task: Task, where: RowSource, control: Sequence[str] = ()) -> Re
         columns, faults, absent = match_columns(fields, mapping, table)
         problems += [f"split {split!r}: {fault}" if several else fault for fault in faults]
         notes += [note for note in absent if note not in notes]
-        readers[split] = FieldReader(fields, columns, units, table)
+        readers[split] = reader = FieldReader(fields, columns, units, table, where.missing)
+        problems += reader.problems
+        notes += reader.notes
     items, rejected, ids, repeated = list[list[Item]](), list[Rejection](), dict[str, int](), 0
     for split, reader in readers.items() if not problems else ():
-        if reader.commas:
-            notes.append(f"Decimal commas are read as points in {', '.join(reader.commas)}.")
         usable, refused, repeats = _items(task, where, split, reader, ids, control)
         repeated += repeats
         if repeats:
@@ -192,9 +197,13 @@ def read_recipe(task: Task, where: RowSource, control: Sequence[str] = ()) -> Re
             )
         items.append(usable)
         rejected += refused
-        faults = _too_many(usable, refused, where.max_refused)
-        problems += [*reader.doubtful_units(), *(f"split {split!r}: {one}" if several else one for one in faults[:1])]
-        problems += faults[1:]
+        doubts = task.index_values(reader.table, reader.unstated) if hasattr(task, "index_values") else []
+        doubts = doubts or reader.doubtful_units()
+        marks = [] if doubts else reader.repeated_marks()
+        notes += marks
+        if faults := _too_many(usable, refused, where.max_refused):
+            faults = [f"split {split!r}: {faults[0]}" if several else faults[0], *faults[1:], *marks]
+        problems += [*doubts, *faults]
     if problems:
         raise EvaluationError(list(dict.fromkeys(problems)), f"{where.source} cannot be used:")
     facts |= {
@@ -227,7 +236,7 @@ def _of_agency(
             )
         tables[split], fields, note = published
         mapping |= fields
-        notes.append(note)
+        notes += [note] if note else []
     return mapping, notes
 
 

@@ -51,6 +51,7 @@ class Table:
     revision: str | None = None  # commit of a hub data set
     labels: dict[str, list[str]] = field(default_factory=dict)  # column of numbered classes → their names
     units: dict[str, str] = field(default_factory=dict)  # column → unit, where the file has them outside the header
+    above: tuple[str, ...] = ()  # lines above the header
     note: str = ""  # what was recognized about a file that is not plain UTF-8, commas and a header on top
 
 
@@ -163,6 +164,7 @@ def _read_csv(data: bytes, start: int, delimiter: str, names: Collection[str]) -
     if above := [line.strip() for line in text[:top] if line.strip() and not _SEP.fullmatch(line.strip())]:
         notes.append(f"from the header on line {top + 1}, without what stands above it ({above[0][:40]!r})")
     header: list[str] | None = None
+    repeated = frozenset[str]()
     rows: list[RawRow] = []
     for first, last, cells, error in _csv_rows(text, separator, top):
         problem = next((p for i in range(first, last) if (p := _not_utf8(lines[i], offsets[i]))), None) or error
@@ -170,6 +172,9 @@ def _read_csv(data: bytes, start: int, delimiter: str, names: Collection[str]) -
             if problem:
                 raise EvaluationError(f"line {first + 1}, the header: {problem}.")
             header = [name.strip() for name in cells]
+            repeated = frozenset(name for name in header if header.count(name) > 1)
+            # A name that comes again gets a number, as in pandas, so that no cell is lost.
+            header = [f"{name}.{n}" if (n := header[:at].count(name)) else name for at, name in enumerate(header)]
             continue
         if error and "never closed" in error:  # the rows below would all be lost
             raise EvaluationError(f"{error}. Close it")
@@ -182,7 +187,7 @@ def _read_csv(data: bytes, start: int, delimiter: str, names: Collection[str]) -
     columns = header or []
     other = next((d for d in _SEPARATORS if len(columns) == 1 and d in columns[0]), None)
     hint = f" The header contains {other!r}: set delimiter to it, or to auto." if other else ""
-    return Table(columns, rows, hint, frozenset(c for c in columns if columns.count(c) > 1)), notes
+    return Table(columns, rows, hint, repeated, above=tuple(above)), notes
 
 
 def _layout(text: list[str], delimiter: str, names: Collection[str]) -> tuple[str, int]:
@@ -379,7 +384,14 @@ def _read_parquet(data: bytes) -> Table:
     rows = raw_rows(
         lambda start, end: table.slice(start, end - start).to_pydict(maps_as_pydicts="strict"), table.num_rows, short
     )
-    return Table(names, rows, "", frozenset(n for n in names if names.count(n) > 1), labels=_labels(table.schema))
+    units = {
+        field.name: text.decode(errors="replace")
+        for field in table.schema
+        for key, text in (field.metadata or {}).items()
+        if key.lower() in (b"unit", b"units")
+    }
+    repeated = frozenset(n for n in names if names.count(n) > 1)
+    return Table(names, rows, "", repeated, labels=_labels(table.schema), units=units)
 
 
 def _labels(schema: Any) -> dict[str, list[str]]:

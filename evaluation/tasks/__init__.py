@@ -107,6 +107,7 @@ class Field:
     about: str  # what it holds, for error messages
     unit: str | None = None  # of numbers: the unit that `make_item` expects; the column may be in another
     typical: tuple[float, float] | None = None  # of numbers: the range in which their median lies
+    molar_mass: Decimal | None = None  # of a gas, g/mol
 
 
 class Task(Protocol):
@@ -120,8 +121,9 @@ class Task(Protocol):
     check_mapping(fields): what is wrong with this choice of mapped fields.
     recognize(columns of the table, field → column as mapped): field → column to read, and a sentence about that;
         EvaluationError if it cannot tell.
-    as_published(table): without a mapping, the table in the task's terms, field → column, and a sentence about that; or
-        None.
+    as_published(table, field → column, field → unit as mapped): the table in the task's terms, field → column where
+        nothing is mapped, and a sentence about that; None if nothing is mapped nor recognized.
+    index_values(table, field → column without a unit): questions about columns that look like something else.
     unread(fields of a row): the names of what is in them and is not read.
     MARKED_TURNS: whether `make_item` also takes "marks", column → values, one for each turn or each answer.
     complete(items of all rows): adds to their truths what they need to know about each other; returns notes.
@@ -297,8 +299,8 @@ def is_missing(value: object) -> bool:
     return value is None or (isinstance(value, str) and value.strip().lower() in _MISSING)
 
 
-def number(value: object) -> Decimal:
-    """A finite number ≥ 0 from a cell, as the decimal that it is written as; the ValueError says what was expected.
+def number(value: object, *, signed: bool = False) -> Decimal:
+    """The decimal that a cell holds, finite, and ≥ 0 unless `signed`; the ValueError says what was expected instead.
 
     Of a float that is the shortest decimal that means it.
     """
@@ -314,9 +316,9 @@ def number(value: object) -> Decimal:
     result = Decimal(value if isinstance(value, int) else str(value).strip())
     if not math.isfinite(float(result)):
         raise ValueError(f"expected a finite number, got {str(value)[:40]}")
-    if result < 0:
+    if result < 0 and not signed:
         raise ValueError(f"expected a number ≥ 0, got {value}")
-    return result.copy_abs()  # -0.0 becomes 0.0
+    return result if result < 0 else result.copy_abs()  # -0.0 becomes 0.0
 
 
 def decimal_commas(cells: Iterable[object]) -> bool:

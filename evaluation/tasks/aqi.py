@@ -10,7 +10,6 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from contextlib import suppress
 from decimal import ROUND_HALF_UP, Decimal
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 
 from evaluation import EvaluationError, epa
 from evaluation.sources.agencies import as_published as as_published
+from evaluation.sources.agencies import index_values as index_values
 from evaluation.tasks import (
     Field,
     Item,
@@ -52,7 +52,9 @@ SETTINGS = ("pollutants", "max_pollutants")
 ROW_SETTINGS = ("trust_given_aqi",)  # use the file's index even if it disagrees with EPA's calculation
 FIELDS = {
     **{
-        key: Field(None, False, f"concentration of {pollutant.label}", pollutant.unit, pollutant.typical)
+        key: Field(
+            None, False, f"concentration of {pollutant.label}", pollutant.unit, pollutant.typical, pollutant.molar_mass
+        )
         for key, pollutant in epa.POLLUTANTS.items()
     },
     "aqi": Field(None, False, "the index", typical=(0, epa.AQI_MAX)),
@@ -218,10 +220,10 @@ def _number(value: object, *, most: int, beyond: str) -> Decimal:
 
 def _concentration(key: str, value: object) -> Decimal:
     """A reading in EPA's unit. Instruments report a little less than nothing, which EPA counts as an index of 0."""
-    lowest = -float(next(band for band in epa.POLLUTANTS[key].bands if band)[1])  # below: a mark such as -999
-    with suppress(ValueError, TypeError):
-        if lowest <= float(value) < 0:  # type: ignore[arg-type]  # what has no float raises
-            return Decimal(0)
+    reading = number(value, signed=True)
+    good = next(band for band in epa.POLLUTANTS[key].bands if band)
+    if -good[1] <= reading < 0:  # below: a mark such as -999
+        return Decimal(0)
     return _number(value, most=LARGEST, beyond="is far off EPA's scale")
 
 
