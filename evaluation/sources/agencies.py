@@ -106,7 +106,9 @@ def _of_mapped(table: Table, columns: Mapping[str, str], units: Mapping[str, str
         raise EvaluationError(_as_index({key: columns[key]}))
     rows = [row for text, row in zip(about, table.rows, strict=True) if text is None or text not in others]
     note = f"{key} is read from the rows that name it in {name!r}."
-    return replace(table, rows=rows), note + (f" Left out: {_most_common(others)}." if others else "")
+    return replace(table, rows=rows, used=frozenset({name})), note + (
+        f" Left out: {_most_common(others)}." if others else ""
+    )
 
 
 def _gas(key: str | None) -> str | None:
@@ -160,7 +162,7 @@ def _of_header(table: Table) -> tuple[Table, dict[str, Column], str] | None:
     note += f" {sum(others.values())} rows about other things are left out: {_most_common(others)}." if others else ""
     place = table.columns.index(value) + 1  # beside the value, as its unit is
     columns = list(dict.fromkeys([*table.columns[:place], *keys, *table.columns[place:]]))
-    return replace(table, columns=columns, rows=rows), fields, note
+    return replace(table, columns=columns, rows=rows, used=frozenset({name, value})), fields, note
 
 
 def _most_common(names: Counter[str]) -> str:

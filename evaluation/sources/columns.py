@@ -268,7 +268,7 @@ class FieldReader:
             return None
         return with_point(cell) if column in self.commas else cell
 
-    def repeated_marks(self) -> list[str]:
+    def repeated_gaps(self) -> list[str]:
         """What to say about cells that may mark missing values, because they are no usual numbers and come again."""
         places = dict[Decimal | str, list[tuple[str, str]]]()  # mark → text and column of each cell
         for name, column in self.columns.items():
@@ -280,18 +280,18 @@ class FieldReader:
             beyond = Decimal("Infinity") if mixed else Decimal(spec.typical[1]) / scale
             for raw in self.table.rows:
                 cell = self._cell(raw, column)
-                if not is_missing(cell) and _is_mark(cell, beyond):
+                if not is_missing(cell) and _may_be_gap(cell, beyond):
                     places.setdefault(_canonical(cell), []).append((str(cell).strip(), column))
-        marks = []
+        gaps = []
         for mark, cells in sorted(places.items(), key=lambda place: len(place[1]), reverse=True)[:3]:
             columns = ", ".join(dict.fromkeys(column for _, column in cells))
             written = json.dumps(mark, ensure_ascii=False) if isinstance(mark, str) else f"{mark:f}"
             if len(cells) > (2 if any(map(str.isalpha, cells[0][0])) else 1):
-                marks.append(
+                gaps.append(
                     f"{cells[0][0]!r} stands in {len(cells)} cells of {columns}. If it marks missing values, write "
                     f"missing: [{written}] in prepare_data."
                 )
-        return marks
+        return gaps
 
     def doubtful_units(self) -> list[str]:
         """Questions about columns without a unit whose values would fit another one."""
@@ -316,7 +316,7 @@ class FieldReader:
         return problems
 
 
-def _is_mark(cell: object, beyond: Decimal) -> bool:
+def _may_be_gap(cell: object, beyond: Decimal) -> bool:
     """Whether a cell may mark a missing value: a word, a whole negative number, 999, a number beyond the scale."""
     try:
         value = number(cell, signed=True)

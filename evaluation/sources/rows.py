@@ -199,10 +199,10 @@ def read_recipe(task: Task, where: RowSource, control: Sequence[str] = ()) -> Re
         rejected += refused
         doubts = task.index_values(reader.table, reader.unstated) if hasattr(task, "index_values") else []
         doubts = doubts or reader.doubtful_units()
-        marks = [] if doubts else reader.repeated_marks()
-        notes += marks
+        gaps = [] if doubts else reader.repeated_gaps()
+        notes += gaps
         if faults := _too_many(usable, refused, where.max_refused):
-            faults = [f"split {split!r}: {faults[0]}" if several else faults[0], *faults[1:], *marks]
+            faults = [f"split {split!r}: {faults[0]}" if several else faults[0], *faults[1:], *gaps]
         problems += [*doubts, *faults]
     if problems:
         raise EvaluationError(list(dict.fromkeys(problems)), f"{where.source} cannot be used:")
@@ -299,13 +299,13 @@ def _marks(where: RowSource, reader: FieldReader) -> list[str]:
 
 def _unread(task: Task, where: RowSource, readers: Sequence[FieldReader]) -> list[str]:
     """A note on the columns that nothing is read from, and the parts of cells, with the share of rows that have any."""
-    parts, counts = getattr(task, "unread", lambda values: ()), Counter[str]()
+    parts, counts = getattr(task, "unread", None), Counter[str]()
     for reader in readers:
-        read = {*reader.columns.values(), *_marks(where, reader)}
+        read = {*reader.columns.values(), *reader.unit_columns.values(), *reader.table.used, *_marks(where, reader)}
         counts.update(dict.fromkeys((column for column in reader.table.columns if column not in read), 0))
         for raw in reader.table.rows:
             counts.update(column for column, cell in raw.values.items() if column in counts and not is_empty(cell))
-            counts.update(parts(reader.values(raw)))
+            counts.update(parts(reader.values(raw)) if parts else ())
     rows = sum(len(reader.table.rows) for reader in readers)
     names = ", ".join(f"{name} ({count / rows:.0%} of rows)" for name, count in counts.items())
     return [f"Not read: {names}."] if names else []

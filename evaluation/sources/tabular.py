@@ -51,6 +51,7 @@ class Table:
     revision: str | None = None  # commit of a hub data set
     labels: dict[str, list[str]] = field(default_factory=dict)  # column of numbered classes → their names
     units: dict[str, str] = field(default_factory=dict)  # column → unit, where the file has them outside the header
+    used: frozenset[str] = frozenset()  # columns that say which rows and columns are read
     above: tuple[str, ...] = ()  # lines above the header
     note: str = ""  # what was recognized about a file that is not plain UTF-8, commas and a header on top
 
