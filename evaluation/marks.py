@@ -3,8 +3,10 @@
 A mark whose meaning is plain is honoured; one that could mean two things is refused by name.
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from enum import Enum
 
 from evaluation.tasks import brief, is_missing
@@ -18,8 +20,8 @@ class Mark(Enum):
         "label ktotag accepted isaccepted chosen ischosen preferred ispreferred correct iscorrect valid isvalid good "
         "isgood passed reward score rating"
     )
-    BAD = "rejected isrejected deleted isdeleted bad isbad skip exclude excluded ignore ignored"
-    UNCLEAR = "mask masked ismasked maskloss traindetail trainingdetail"
+    BAD = "rejected isrejected deleted isdeleted bad isbad skip exclude excluded ignore ignored masked ismasked"
+    UNCLEAR = "mask maskloss traindetail trainingdetail"
 
 
 NOT_LEARNED = "not to be learned: "
@@ -37,13 +39,23 @@ def is_empty(value: object) -> bool:
     return is_missing(value) or value in ([], {})
 
 
+def in_cell(cell: object) -> object:
+    """What a cell says; in a CSV file a list is JSON."""
+    if isinstance(cell, str) and cell.lstrip().startswith("["):
+        with suppress(ValueError, RecursionError):
+            return json.loads(cell)
+    return cell
+
+
 def is_mark(name: str, cells: Iterable[object]) -> bool:
     """Whether a column says what is learned: `weight: 0.5` and `label: false` do, `label: sports` does not."""
-    mark, lists = mark_of(name), (cell if isinstance(cell, list) else [cell] for cell in cells)
+    if (mark := mark_of(name)) is None:
+        return False
+    lists = (cell if isinstance(cell, list) else [cell] for cell in map(in_cell, cells))
     values = [value for cell in lists for value in cell if not is_empty(value)]
     if mark is Mark.LEARNED:
         return any(not isinstance(value, str) or _truth(value) is not None for value in values)
-    return bool(values) and (mark is Mark.UNCLEAR or (mark is not None and all(_truth(v) is not None for v in values)))
+    return bool(values) and (mark is Mark.UNCLEAR or all(_truth(value) is not None for value in values))
 
 
 def _truth(value: object) -> bool | None:
@@ -56,9 +68,11 @@ def is_learned(name: str, value: object) -> bool | None:
     if mark is None or is_empty(value):
         return None
     if mark is Mark.UNCLEAR:
-        raise ValueError(f"expected train: true or train: false, got {name}: {brief(value)}, which may mean either")
+        raise ValueError(
+            f"expected train: true or false, got {name}: {brief(value)}, which may mean learned or left out"
+        )
     if mark is Mark.LEARNED and truth is None:
-        raise ValueError(f"expected {name}: true or {name}: false, got {brief(value)}")
+        raise ValueError(f"expected {name}: true (learned) or false, got {brief(value)}")
     return truth if mark is not Mark.BAD or truth is None else not truth
 
 

@@ -37,7 +37,7 @@ def _ids(tokenizer: Any, text: str, **settings: Any) -> list[int]:
 
 
 # Tokens that are not said to be special, and that llama.cpp's converter makes control tokens all the same.
-_CONTROL = re.compile(r"<\|.*\|>|<｜.*｜>|<(?:start|end)_of_\w+>|<unused[0-9]+>|<pad>|<mask>|<2mass>|\[@BOS@\]")
+_CONTROL = re.compile(r"<\|.*>|<.*\|>|<｜.*｜>|<(?:start|end)_of_\w+>|<unused[0-9]+>|<pad>|<mask>|<2mass>|\[@BOS@\]")
 
 
 def control_tokens(tokenizer: Any) -> list[str]:

@@ -14,7 +14,7 @@ from pydantic import Field as Key
 from pydantic import field_validator
 
 from evaluation import EvaluationError
-from evaluation.marks import NOT_LEARNED, is_empty, is_learned, is_mark
+from evaluation.marks import NOT_LEARNED, in_cell, is_empty, is_learned, is_mark
 from evaluation.sources.columns import Column, FieldReader, checked_columns, match_columns, with_unit_row
 from evaluation.sources.hub import HUB, DataSet, open_data_set
 from evaluation.sources.tabular import AUTO, RawRow, Table, read_file
@@ -335,7 +335,7 @@ def _items(
     def item_of(raw: RawRow) -> Item:
         values = settings | fields.values(raw) | {"marks": {}}
         for name in marks:
-            mark = raw.values.get(name)
+            mark = in_cell(raw.values.get(name))
             if isinstance(mark, list) and getattr(task, "MARKED_TURNS", False):
                 values["marks"][name] = mark
                 continue

@@ -66,9 +66,10 @@ def recognize(columns: Sequence[str], mapping: Mapping[str, str | None]) -> tupl
         raise EvaluationError(f"rows could be {' or '.join(described.values())}; {advice} {{{example}}}.")
     if not forms:
         known = "; ".join(f"{form}: {_listed(required)}" for form, (required, _) in _FORMS.items())
+        answer = "chosen" if "chosen" in columns else "answer"
         raise EvaluationError(
             f"expected the columns of one form ({known}), got {', '.join(columns) or 'none'}; {advice} "
-            "{messages: dialogue} or {prompt: question, completion: answer}."
+            f"{{messages: dialogue}} or {{prompt: question, completion: {answer}}}."
         )
     required, optional = _FORMS[forms[0]]
     fields = {name: column_of.get(name, name) for name in required}

@@ -183,7 +183,7 @@ def test_a_mapping_names_the_form_and_two_forms_are_asked_about(tmp_path):
         ([TURNS[0], {"from": "observation", "value": "1"}], "turn 2: tool calls are not supported yet"),
         ([{"role": "user", "content": [{"type": "image_url"}, {"type": "text", "text": "a"}]}],
          "turn 1 (user): expected parts of text, got image_url"),
-        ([TURNS[0], {**TURNS[1], "weight": 2}], "turn 2 (assistant): expected weight: true or weight: false, got 2"),
+        ([TURNS[0], {**TURNS[1], "weight": 2}], "turn 2 (assistant): expected weight: true (learned) or false, got 2"),
         ("Hello", "messages: expected a list of {role, content}, got 'Hello'"),
     ],
 )  # fmt: skip
@@ -311,6 +311,8 @@ MARKED = {
     "loss_mask": (marked({"loss_mask": 0}, {"loss_mask": 1}, {"loss_mask": 0}, {"loss_mask": 0}), FIRST_ONLY),
     "text": (marked({}, {"train": "False"}, {}, {"train": "true"}), LAST_ONLY),
     "rejected": (marked({}, {"rejected": True}, {}, {"rejected": False}), LAST_ONLY),
+    "masked": (marked({}, {"masked": True}, {}, {}), LAST_ONLY),
+    "a list in a CSV file": ({"messages": json.dumps(TURNS), "train": "[1, 0]"}, FIRST_ONLY),
     "null": (marked({"train": None}, {"train": None}, {"weight": None}, {"loss": ""}), BOTH),
     "one a turn": ({"messages": TURNS, "train": [0, 0, 0, 1]}, LAST_ONLY),
     "one a turn with system": ({"messages": [SYSTEM, *TURNS], "loss_mask": [0, 0, 1, 0, 0]}, FIRST_ONLY),

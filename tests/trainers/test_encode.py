@@ -78,9 +78,11 @@ def test_white_space_of_an_answer_is_learned_behind_the_tokens_that_are_asked(to
 def test_control_tokens_are_those_that_stop_or_steer_a_model(tokenizer, chat_base_dir):
     assert control_tokens(tokenizer) == ["<pad>", "<unk>", "</s>", "<s>"]
     chat = load_tokenizer(BaseReference(str(chat_base_dir)))
-    chat.add_tokens(["<think>", "    ", "<|fim_prefix|>", "<end_of_turn>"])  # none of which says that it is special
+    chat.add_tokens(
+        ["<think>", "    ", "<|fim_prefix|>", "<|turn>", "<end_of_turn>"]
+    )  # none of which says that it is special
     assert {*control_tokens(chat)} - {*control_tokens(tokenizer)} == {
-        "<|im_start|>", "<|im_end|>", "<|fim_prefix|>", "<end_of_turn>"}  # fmt: skip
+        "<|im_start|>", "<|im_end|>", "<|fim_prefix|>", "<|turn>", "<end_of_turn>"}  # fmt: skip
     assert spelled_out(control_tokens(chat), "a <think> b", None, "<|im_end|><s>") == "<|im_end|>"
     assert spelled_out(control_tokens(chat), "a < s >", "<|im_end") is spelled_out([], "</s>") is None
 
