@@ -1,7 +1,7 @@
 """Proof that an export answers as the trained model does, prompt by prompt.
 
-`prove` compares the files with Hugging Face itself, token by token, before anything is written: the rendered text goes
-to llama.cpp in this process. `verify` compares whatever serves the files (llama.cpp, Ollama) with what Hugging Face
+`prove` compares the files with Hugging Face itself, by token ids, before anything is written: the rendered text goes to
+llama.cpp in this process. `verify` compares whatever serves the files (llama.cpp, Ollama) with what Hugging Face
 answered then: reference.jsonl beside each GGUF has its tokens and greedy answers, so this needs no torch. It asks each
 prompt in several forms, as people do, and checks itself: with the adapter at another scale at least one answer must
 differ. Both give the same rows, which `problems` judges.
@@ -14,6 +14,7 @@ closer than that, either may be chosen. `export.diagnosis` names such ties and e
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from db.files import sha256
 from db.records import VerificationRecord, VerifyRecord
 from export import MergedOnlyError
-from export.diagnosis import TIE, Case, ask, bos_cause, explain, gaps, parting, same_tokens
+from export.diagnosis import Case, ask, explain, gaps, same_tokens
 from export.engines.engine import Engine, Generation, LocalEngine, Raw
 from export.engines.llama_cpp import LlamaCppEngine
 from export.engines.ollama_engine import OllamaEngine
@@ -75,73 +76,23 @@ def prove(
     `prompts` are rendered. Returns a row for each mode, and rendered prompt → Hugging Face's ids and answer. Only one
     engine is open at a time: memory need not hold two models.
     """
-
-    def answers(engine: LocalEngine) -> list[Generation]:
-        asked = engine.generate_many([Raw(prompt) for prompt in prompts], max_tokens)
-        by_place = dict(tqdm(asked, total=len(prompts), desc=f"prompts to {engine.name}", delay=10))
-        return [by_place[place] for place in range(len(prompts))]
-
     with reference() as trained:
-        right = answers(trained)
+        asked = trained.generate_many([*map(Raw, prompts)], max_tokens)
+        by_place: dict[int, Generation] = dict(tqdm(asked, total=len(prompts), desc="Hugging Face", delay=10))
+    answers = [by_place[place] for place in range(len(prompts))]
+    references = [
+        Reference(Raw(prompt), prompt, answer.prompt_ids or [], answer.text, max_tokens, "rendered", ())
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
     rows = []
     for served in forms:
         with opener(served) as engine:
-            pairs = list(zip(right, answers(engine), strict=True))
-            ties = [_is_tie(engine, expected, got) for expected, got in pairs]
-            rows.append(
-                _row(
-                    engine,
-                    served,
-                    "rendered",
-                    rendered=1.0,
-                    counted=_share([expected.prompt_ids == got.prompt_ids for expected, got in pairs]),
-                    answered=_share([expected.ids == got.ids for expected, got in pairs]),
-                    tied=_share(ties),
-                    first_difference=_first_difference(prompts, pairs, ties),
-                    answers=tuple(got.text for _, got in pairs),
-                    quantization="f16",
-                )
-            )
-    known: dict[str, Mapping[str, Any]] = {
-        p: {"ids": answer.prompt_ids, "answer": answer.text} for p, answer in zip(prompts, right, strict=True)
-    }
-    return rows, known
-
-
-def _is_tie(engine: LlamaCppEngine, expected: Generation, got: Generation) -> bool:
-    """Whether the answers to equal prompts diverge where the engine finds both tokens almost equally likely."""
-    a, b = expected.ids or [], got.ids or []
-    at = parting(a, b)
-    if expected.prompt_ids != got.prompt_ids or at in (len(a), len(b)):
-        return False
-    engine.prefill([*(got.prompt_ids or []), *b[:at]])
-    logits = engine.logits()
-    return float(logits.max() - min(logits[a[at]], logits[b[at]])) < TIE
-
-
-def _first_difference(
-    prompts: Sequence[str], pairs: Sequence[tuple[Generation, Generation]], ties: Sequence[bool]
-) -> str | None:
-    for number, (expected, got) in enumerate(pairs):
-        kind = "prompt" if expected.prompt_ids != got.prompt_ids else "answer"
-        a, b = (answer.prompt_ids if kind == "prompt" else answer.ids for answer in (expected, got))
-        if a is None or b is None or a == b:
-            continue
-        at = parting(a, b)
-        if kind == "prompt":
-            cause = bos_cause(a, b) or "tokenizer or template"
-        elif ties[number]:
-            cause = "rounding; the two tokens are a tie"
-        elif at in (len(a), len(b)):
-            cause = "end of sequence; one side stops where the other continues"
-        else:
-            cause = "adapter scale, merge or quantization"
-        tokens = [ids[at] if at < len(ids) else "the end" for ids in (a, b)]
-        return (
-            f"prompt {number} ({prompts[number]!r}): token {at} of the {kind} is {tokens[1]}, expected {tokens[0]} "
-            f"(answers {got.text!r} and {expected.text!r}). Likely cause: {cause}"
-        )
-    return None
+            given = _ask_all(engine, served, references, "rendered")
+            # Equal ids are equal answers, also where half a character at the end is written in two ways.
+            pairs = zip(given, answers, strict=True)
+            given = [replace(got, text=right.text) if got.ids == right.ids else got for got, right in pairs]
+            rows.append(_row(engine, served, references, given, quantization="f16"))
+    return rows, {one.rendered: {"ids": one.ids, "answer": one.answer} for one in references}
 
 
 # --- whatever serves the files, beside reference.jsonl ------------------------------------------------------------
@@ -168,25 +119,44 @@ def verify(
     return rows
 
 
-def _row(engine: Engine, served: Served, form: str, **figures: Any) -> Checked:
+def _ask_all(engine: Engine, served: Served, references: Sequence[Reference], mode: str) -> list[Generation]:
+    bar = tqdm(references, desc=f"verify {served.name} {mode} {references[0].form}", delay=10)
+    return [ask(engine, reference) for reference in bar]
+
+
+def _row(
+    engine: Engine, served: Served, references: Sequence[Reference], given: Sequence[Generation], **changes: Any
+) -> Checked:
+    """The answers to the references, all of one form, compared with them."""
+    case = Case(engine, served, references, given, gaps(engine, served, references, given))
+    pairs = list(zip(references, given, strict=True))
     stored = engine.stored if isinstance(engine, OllamaEngine) else None
-    of_model = {
+    figures = {
         "name": served.name,
         "mode": served.mode,
-        "form": form,
+        "form": references[0].form,
         "backend": engine.name,
         "backend_version": engine.version,
-        "prompts": len(figures["answers"]),
+        "prompts": len(references),
+        "rendered": _share([None if got.rendered is None else got.rendered == one.rendered for one, got in pairs]),
+        "counted": _share([same_tokens(one, got) for one, got in pairs]),
+        "answered": _share([got.text == one.answer for one, got in pairs]),
+        "tied": _share(case.ties),
         "equal_to_merged": None,
         "perturbed_noticed": None,
-        "quantization": served.serving.quantization,
+        "first_difference": explain(case),
         "gguf_sha256": sha256(served.gguf),
         "adapter_sha256": sha256(served.adapter) if served.adapter else None,
         "server_digest": stored.digest if stored else None,
         "stored_sha256": stored.stored_sha256 if stored else None,
+        "quantization": served.serving.quantization,
         "differences": "; ".join(stored.differences(served.serving)) or None if stored else None,
+        "note": engine.note,
+        "answers": tuple(got.text for got in given),
+        "answer_tokens": tuple(got.answer_tokens for got in given),
+        "ties": tuple(case.ties),
     }
-    return Checked.model_validate(of_model | figures)
+    return Checked.model_validate(figures | changes)
 
 
 def _check(opener: Opener, served: Served, references: Sequence[Reference], mode: Mode) -> list[Checked]:
@@ -195,29 +165,7 @@ def _check(opener: Opener, served: Served, references: Sequence[Reference], mode
         rows = []
         for form in dict.fromkeys(reference.form for reference in references):
             asked = [reference for reference in references if reference.form == form]
-            answers = [
-                ask(engine, reference)
-                for reference in tqdm(asked, desc=f"verify {served.name} {mode} {form}", delay=10)
-            ]
-            case = Case(engine, served, asked, answers, gaps(engine, served, asked, answers))
-            pairs = list(zip(asked, answers, strict=True))
-            rows.append(
-                _row(
-                    engine,
-                    served,
-                    form,
-                    mode=mode,
-                    rendered=_share([None if s.rendered is None else s.rendered == r.rendered for r, s in pairs]),
-                    counted=_share([same_tokens(r, s) for r, s in pairs]),
-                    answered=_share([s.text == r.answer for r, s in pairs]),
-                    tied=_share(case.ties),
-                    first_difference=explain(case),
-                    note=engine.note,
-                    answers=tuple(s.text for s in answers),
-                    answer_tokens=tuple(s.answer_tokens for s in answers),
-                    ties=tuple(case.ties),
-                )
-            )
+            rows.append(_row(engine, served, asked, _ask_all(engine, served, asked, mode), mode=mode))
         return rows
 
 

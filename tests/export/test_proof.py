@@ -1,21 +1,19 @@
 """The proof: engines whose answers are known, the whole table, the control, files and servers that fail."""
 
-import re
 import shutil
 from functools import partial
 
-import numpy as np
 import pytest
 
 from export import ExportError
 from export.diagnosis import as_decoded
-from export.engines.engine import Generation, LocalEngine
-from export.engines.llama_cpp import open_in_process
+from export.engines.hf import HfEngine
+from export.engines.llama_cpp import LlamaCppEngine, open_in_process
 from export.gguf import scale_of, scaled_copy
-from export.modelfile import Serving
 from export.proof import against, problems, prove, verify
 from export.register import open_on_server
-from export.served import Served, find_served
+from export.served import find_served
+from tests.conftest import TEMPLATE
 from tests.export.verify_runs import ARM, answers, model, one, opened
 from tests.ollama_double import OllamaDouble
 
@@ -136,62 +134,24 @@ def test_nothing_stays_on_the_server_when_a_check_breaks_off(tree):
         assert len(made) == 1 and made[0].startswith("grit-verify-") and double.models == {}
 
 
-# --- engines whose answers are known ------------------------------------------------------------------------------
+# --- the files alone ----------------------------------------------------------------------------------------------
 
 
-class Told(LocalEngine):
-    """Token ids are character codes; answers are looked up. `lead`: logits of every token that an answer has."""
+def test_files_beside_hugging_face(tree, base_dir, adapter_dir, prompts):
+    served = model(tree)
 
-    name, version, device_class = "told", "1", "cpu"
-    next_token = feed = is_end = None
+    def llama_cpp(form):
+        return LlamaCppEngine(form.gguf, TEMPLATE, num_ctx=256, adapter=form.adapter)
 
-    def __init__(self, answers, bos=True, lead=5.0):
-        super().__init__("{prompt}")
-        self.answers, self.bos, self.closed, self.lead = answers, bos, False, lead
+    def rows_of(adapter):
+        trained = partial(HfEngine, str(base_dir), TEMPLATE, adapter=adapter, parallel=4)
+        return prove(trained, llama_cpp, [served, served.adapter_form()], prompts, 6)
 
-    def tokenize(self, text):
-        return ([1] if self.bos else []) + [ord(c) for c in text]
-
-    def answer(self, ids, max_tokens, stop=()):
-        answer = self.answers["".join(map(chr, ids)).lstrip("\x01")][:max_tokens]
-        return Generation(self.detokenize(answer), len(ids), len(answer), 0, 0, 0, "stop", prompt_ids=ids, ids=answer)
-
-    def detokenize(self, ids):
-        return "".join(map(chr, ids))
-
-    def prefill(self, ids):
-        pass
-
-    def logits(self):
-        return np.where(np.arange(128) == 70, self.lead, 0.0)
-
-    def close(self):
-        self.closed = True
-
-
-RIGHT = {"a": [65, 66], "b": [67], "c": [68, 69], "d": [70]}
-
-
-@pytest.mark.parametrize(
-    ("other", "counted", "answered", "tied", "said"),
-    [
-        (Told(RIGHT), 1.0, 1.0, 0.0, None),
-        (Told({**RIGHT, "c": [68, 70]}), 1.0, 0.75, 0.0, r"prompt 2 \('c'\): token 1 of the answer is 70, expected 69 "
-         ".*Likely cause: adapter scale, merge or quantization"),
-        (Told({**RIGHT, "c": [68, 70]}, lead=0.01), 1.0, 0.75, 0.25, "rounding; the two tokens are a tie"),
-        (Told({**RIGHT, "c": [68, 70]}, lead=0.03), 1.0, 0.75, 0.0, "adapter scale, merge or quantization"),
-        (Told({**RIGHT, "a": [65]}), 1.0, 0.75, 0.0, "token 1 of the answer is the end, expected 66 .*end of sequence"),
-        (Told(RIGHT, bos=False), 0.0, 1.0, 0.0, "token 0 of the prompt is 97, expected 1 .*BOS; it is missing"),
-    ],
-)  # fmt: skip
-def test_files_beside_hugging_face(tmp_path, other, counted, answered, tied, said):
-    file = tmp_path / "model.gguf"
-    file.write_bytes(b"GGUF")
-    served = Served("m", "arm", 0, tmp_path, file, None, Serving(template="{prompt}", stop=["x"], num_ctx=8))
-    reference = Told(RIGHT)
-    [row], known = prove(lambda: reference, lambda form: other, [served], list("abcd"), 8)
-    assert reference.closed and other.closed and known["a"] == {"ids": [1, 97], "answer": "AB"}
-    assert (row.mode, row.form, row.prompts) == ("merged", "rendered", 4)
-    assert (row.counted, row.answered, row.tied) == (counted, answered, tied)
-    assert row.first_difference is said or re.search(said, row.first_difference)
-    assert bool(problems([row], 0.76)) is (counted < 1 or answered + tied < 0.76)
+    rows, answers = rows_of(adapter_dir)
+    assert [(row.mode, row.form, row.prompts, row.counted, row.answered, row.first_difference) for row in rows] == [
+        (mode, "rendered", len(prompts), 1.0, 1.0, None) for mode in ("merged", "adapter")
+    ]
+    assert answers.keys() == set(prompts) and problems(rows, 1.0) == []
+    assert all(one["ids"][0] == 1 and isinstance(one["answer"], str) for one in answers.values())
+    rows, _ = rows_of(None)
+    assert all(row.counted == 1.0 and row.answered < 0.9 for row in rows) and len(problems(rows, 0.9)) == 2
