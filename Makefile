@@ -26,10 +26,10 @@ repro: setup
 	$(RUN) python -m evaluation.compare_all --db "$$($(BIN)/python -c 'import yaml; print(yaml.safe_load(open("params.yaml"))["compare"]["database"])')"
 	@echo "report: outputs/report.html (and outputs/grit_evaluation.md)"
 
-# Put the exported models onto the Ollama server at OLLAMA_HOST, and check each prompt by prompt.
+# Put the exported models onto the Ollama server at OLLAMA_HOST, and check each prompt by prompt in both modes.
 serve: setup
 	$(RUN) python -m export.ollama create
-	$(RUN) python -m export.ollama verify --backend ollama
+	$(RUN) python -m export.ollama verify --backend ollama --mode both
 
 # One process per core, one thread each. test: after a change. test-all: also the fault catalogue, kills, simulations,
 # recipes, a browser and PostgreSQL.

@@ -413,3 +413,16 @@ def scale_of(adapter: Path) -> tuple[float, int]:
     if not ranks:
         raise ExportError(f"{adapter}: expected tensors *.lora_a, found none; export again")
     return float(_alpha_field(reader, adapter)[0]), max(ranks)
+
+
+def scaled_copy(adapter: Path, out: Path, factor: float) -> None:
+    """A copy whose B·A counts `factor` times as much: α is multiplied, the tensors stay.
+
+    Raises ExportError: no GGUF adapter, or a factor of 0.
+    """
+    if factor == 0:
+        raise ExportError("expected a factor other than 0, got 0: llama.cpp reads alpha 0 as scale 1")
+    shutil.copyfile(adapter, out)
+    alpha = _alpha_field(open_gguf(out, "r+"), out)
+    alpha[0] *= factor
+    alpha.flush()

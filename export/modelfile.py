@@ -127,9 +127,9 @@ class Serving(BaseModel):
         if problems:
             raise ExportError("The Modelfile cannot be written:\n  - " + "\n  - ".join(problems))
 
-    def modelfile(self) -> str:
-        """The text of a Modelfile beside model.gguf, so that `ollama create NAME -f FILE` works from any folder."""
-        lines = ["FROM ./model.gguf", f"TEMPLATE {_quoted(self.go_template)}"]
+    def modelfile(self, gguf: str = "./model.gguf", adapter: str | None = None) -> str:
+        """The Modelfile's text; paths are relative to it. Ollama 0.34.1 and later refuse adapters."""
+        lines = [f"FROM {gguf}", *([f"ADAPTER {adapter}"] if adapter else []), f"TEMPLATE {_quoted(self.go_template)}"]
         if self.system is not None:
             lines.append(f"SYSTEM {_quoted(self.system)}")
         for name, value in self.parameters.items():

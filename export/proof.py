@@ -23,14 +23,15 @@ from tqdm import tqdm
 
 from db.files import sha256
 from db.records import VerificationRecord, VerifyRecord
+from export import MergedOnlyError
 from export.diagnosis import Case, ask, explain, gaps, same_tokens
 from export.engines.engine import Engine, Generation, LocalEngine, Raw
 from export.engines.llama_cpp import LlamaCppEngine
 from export.engines.ollama_engine import OllamaEngine
-from export.served import Reference, Served, read_references
+from export.served import MODES, Mode, Reference, Served, read_references
 
-Opener = Callable[..., AbstractContextManager[Engine]]
-"""(model in its mode) → the open model; in mode adapter also with a factor on the adapter's scale, for the control."""
+Opener = Callable[[Served, float], AbstractContextManager[Engine]]
+"""(model in its mode, factor on the adapter's scale, for controls) → the open model."""
 
 CONTROL_SCALE = 0.5
 """Factor on the adapter's scale in the control; as if α belonged to twice the rank."""
@@ -49,8 +50,10 @@ equally likely, and every answer is a tie.
 
 class Checked(VerificationRecord):
     name: str
+    unsupported: bool = False  # the server cannot serve this mode
     quantization: str  # of the exported model
     differences: str | None = None  # settings that the server stored differently
+    note: str | None = None  # that a temporary copy was asked
     answers: tuple[str, ...] = ()  # to all prompts, in order
     answer_tokens: tuple[int | None, ...] = ()
     ties: tuple[bool, ...] = ()  # which answers diverge at a tie
@@ -84,7 +87,7 @@ def prove(
     rows = []
     for served in forms:
         with opener(served) as engine:
-            given = _ask_all(engine, served, references)
+            given = _ask_all(engine, served, references, "rendered")
             # Equal ids are equal answers, also where half a character at the end is written in two ways.
             pairs = zip(given, answers, strict=True)
             given = [replace(got, text=right.text) if got.ids == right.ids else got for got, right in pairs]
@@ -95,19 +98,29 @@ def prove(
 # --- whatever serves the files, beside reference.jsonl ------------------------------------------------------------
 
 
-def verify(opener: Opener, served: Served, limit: int | None = None, *, with_adapter: bool = False) -> list[Checked]:
-    """Compare one merged model with its reference; `with_adapter`: also as base and adapter, if it has that form.
+def verify(
+    opener: Opener,
+    served: Served,
+    modes: Sequence[Mode] = MODES,
+    limit: int | None = None,
+    control_scale: float = CONTROL_SCALE,
+) -> list[Checked]:
+    """Compare one model, given in mode merged, with its reference, in one mode or both.
 
-    Raises ExportError: the engine cannot be asked, or there is no reference.
+    A model without an adapter (the base, or what can only be served merged) has no row in mode adapter, except for the
+    base when that is the only mode asked for. Raises ExportError: the engine cannot be asked, or there is no reference.
     """
     references = read_references(served.folder, limit)
-    merged = _check(opener, served, references)
-    adapted = served.adapter_form() if with_adapter else None
-    return [*merged, *(_adapter_rows(opener, adapted, references, merged) if adapted else [])]
+    adapted = served.adapter_form()
+    merged = _check(opener, served, references, "merged" if "merged" in modes or adapted else "adapter")
+    rows = merged if "merged" in modes or adapted is None else []
+    if "adapter" in modes and adapted is not None:
+        rows = [*rows, *_adapter_rows(opener, adapted, references, merged, control_scale)]
+    return rows
 
 
-def _ask_all(engine: Engine, served: Served, references: Sequence[Reference]) -> list[Generation]:
-    bar = tqdm(references, desc=f"verify {served.name} {served.mode} {references[0].form}", delay=10)
+def _ask_all(engine: Engine, served: Served, references: Sequence[Reference], mode: str) -> list[Generation]:
+    bar = tqdm(references, desc=f"verify {served.name} {mode} {references[0].form}", delay=10)
     return [ask(engine, reference) for reference in bar]
 
 
@@ -138,6 +151,7 @@ def _row(
         "stored_sha256": stored.stored_sha256 if stored else None,
         "quantization": served.serving.quantization,
         "differences": "; ".join(stored.differences(served.serving)) or None if stored else None,
+        "note": engine.note,
         "answers": tuple(got.text for got in given),
         "answer_tokens": tuple(got.answer_tokens for got in given),
         "ties": tuple(case.ties),
@@ -145,11 +159,14 @@ def _row(
     return Checked.model_validate(figures | changes)
 
 
-def _check(opener: Opener, served: Served, references: Sequence[Reference]) -> list[Checked]:
+def _check(opener: Opener, served: Served, references: Sequence[Reference], mode: Mode) -> list[Checked]:
     """A row for each form."""
-    forms = [[one for one in references if one.form == form] for form in dict.fromkeys(one.form for one in references)]
-    with opener(served) as engine:
-        return [_row(engine, served, asked, _ask_all(engine, served, asked)) for asked in forms]
+    with opener(served, 1.0) as engine:
+        rows = []
+        for form in dict.fromkeys(reference.form for reference in references):
+            asked = [reference for reference in references if reference.form == form]
+            rows.append(_row(engine, served, asked, _ask_all(engine, served, asked, mode), mode=mode))
+        return rows
 
 
 def _share(equal: Sequence[bool | None]) -> float | None:
@@ -162,15 +179,22 @@ def _share(equal: Sequence[bool | None]) -> float | None:
 
 
 def _adapter_rows(
-    opener: Opener, adapted: Served, references: Sequence[Reference], merged: Sequence[Checked]
+    opener: Opener, adapted: Served, references: Sequence[Reference], merged: Sequence[Checked], control_scale: float
 ) -> list[Checked]:
     """The control uses the first form."""
-    first, *others = _check(opener, adapted, references)
-    with opener(adapted, CONTROL_SCALE) as engine:
-        perturbed = tuple(ask(engine, one).text for one in references if one.form == first.form)
+    try:
+        first, *others = _check(opener, adapted, references, "adapter")
+        with opener(adapted, control_scale) as engine:
+            perturbed = tuple(ask(engine, one).text for one in references if one.form == first.form)
+    except MergedOnlyError as error:
+        blank = ("rendered", "counted", "answered", "tied", "server_digest", "stored_sha256", "differences", "note")
+        nothing: dict[str, None] = dict.fromkeys(blank)
+        files = {"gguf_sha256": sha256(adapted.gguf), "adapter_sha256": adapted.adapter and sha256(adapted.adapter)}
+        rest = {"first_difference": f"not supported: {error}", "unsupported": True, "prompts": 0, "answers": ()}
+        return [merged[0].model_copy(update={**nothing, **files, **rest, "mode": "adapter"})]
     noticed = first.answers != perturbed
     blind = (
-        f"With the adapter at {CONTROL_SCALE} of its scale none of {first.prompts} answers differs, so this check "
+        f"With the adapter at {control_scale} of its scale none of {first.prompts} answers differs, so this check "
         "would miss a fault of the adapter; ask more prompts, or the adapter hardly changes the base"
     )
     why = None if noticed else blind
@@ -190,10 +214,10 @@ def _alike(row: Checked, other: Checked) -> float:
 
 def against(rows: Sequence[Checked], others: Sequence[Checked]) -> list[Checked]:
     """The rows compared with the others, llama.cpp's, where prompts and files are the same."""
-    local = {(other.form, other.gguf_sha256, other.adapter_sha256): other for other in others}
+    local = {(o.mode, o.form, o.gguf_sha256, o.adapter_sha256): o for o in others}
     compared = []
     for row in rows:
-        other = local.get((row.form, row.gguf_sha256, row.adapter_sha256))
+        other = local.get((row.mode, row.form, row.gguf_sha256, row.adapter_sha256))
         if other is not None and row.prompts == other.prompts:
             counts = zip(row.answer_tokens, other.answer_tokens, row.answers, other.answers, strict=True)
             same = _share([n == m for n, m, a, b in counts if a == b and n is not None])
@@ -219,7 +243,8 @@ def problems(rows: Sequence[Checked], least: float, least_quantized: float = LEA
     """
     models: dict[tuple[str, str, str], list[Checked]] = {}
     for row in rows:
-        models.setdefault((row.name, row.backend, row.mode), []).append(row)
+        if not row.unsupported:  # which is no fault of the model
+            models.setdefault((row.name, row.backend, row.mode), []).append(row)
     texts = []
     for (name, backend, mode), forms in models.items():
         if wrong := _wrong(forms, least, least_quantized):
@@ -274,6 +299,9 @@ def show(rows: Sequence[Checked]) -> None:
     columns = "model", "mode", "form", "engine", "prompts", "rendered", "tokens", "answers", "ties", "= merged"
     table = Table(*columns, "control noticed", title=f"Equal to training: {engines}", title_justify="left")
     for row in rows:
+        if row.unsupported:
+            table.add_row(row.name, row.mode, "", row.backend, "not supported")
+            continue
         shares = (row.rendered, row.counted, row.answered, row.tied, row.equal_to_merged)
         percents = ["" if share is None else f"{100 * share:.0f}%" for share in shares]
         noticed = {True: "yes", False: "NO", None: ""}[row.perturbed_noticed]
@@ -284,5 +312,5 @@ def show(rows: Sequence[Checked]) -> None:
     for row in rows:
         stored = row.differences and f"the server stored other settings than were exported: {row.differences}"
         lines += [f"{row.name} ({row.mode}, {row.form}): {row.first_difference}"] if row.first_difference else []
-        lines += [f"{row.name} ({row.mode}): {stored}"] if stored else []
+        lines += [f"{row.name} ({row.mode}): {remark}" for remark in (stored, row.note) if remark]
     print(*dict.fromkeys(lines), sep="\n", end="\n" if lines else "")

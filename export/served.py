@@ -1,6 +1,7 @@
-"""What the export stage left to be served: one entry a model, merged or as base and adapter."""
+"""What the export stage left to be served: one entry a model, in either of two modes."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,11 +21,11 @@ REFERENCE = "reference.jsonl"
 PARITY = "parity.json"
 """What the export stage found when it compared the files with Hugging Face."""
 SERVED_GGUF, F16_GGUF, ADAPTER_GGUF = "model.gguf", "model-f16.gguf", "adapter.gguf"
-MODELFILE = "Modelfile"
+MODELFILE, ADAPTER_MODELFILE = "Modelfile", "Modelfile.adapter"
 Mode = Literal["merged", "adapter"]
-Form = Literal["plain", "newline", "second", "rendered"]
-"""How people ask: as in training, with the newline that a pipe adds, as the second question of a conversation; and the
-rendered text itself."""
+MODES: tuple[Mode, ...] = ("merged", "adapter")
+Form = Literal["plain", "newline", "second"]
+"""How people ask: as in training, with the newline that a pipe adds, as the second question of a conversation."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,16 @@ class Served:
         return replace(self, gguf=base_file(self.folder.parents[1]), adapter=adapter)
 
 
+def modelfile_text(serving: Serving, folder: Path, base: Path | None = None) -> str:
+    """Modelfile in `folder`: of the merged model, or of an adapter on the GGUF `base`.
+
+    Paths in it are relative to the folder, so that `ollama create NAME -f FILE` works from any working directory.
+    """
+    if base is None:
+        return serving.modelfile(f"./{SERVED_GGUF}")
+    return serving.modelfile(os.path.relpath(base, folder), f"./{ADAPTER_GGUF}")
+
+
 def served_in(folder: Path, name: str | None = None) -> Served:
     """One model, by its folder <root>/<arm>/<seed>; `name` in place of the one in serving.json.
 
@@ -66,10 +77,11 @@ def served_in(folder: Path, name: str | None = None) -> Served:
     return served
 
 
-def find_served(root: Path, names: list[str] | None = None) -> list[Served]:
-    """Every merged model in <root>/<arm>/<seed>/, base first; with `names` only these models.
+def find_served(root: Path, mode: Mode = "merged", names: list[str] | None = None) -> list[Served]:
+    """Everything in <root>/<arm>/<seed>/, base first; with `names` only these models.
 
-    Raises ExportError: nothing is exported there, a name is not among it or in two places, or see `served_in`.
+    Raises ExportError: nothing is exported there, a name is not among it or in two places, see `served_in`, or mode
+    adapter is asked of what can only be served merged.
     """
     # A seed is a plain number; "0.123.partial" is what a killed export left.
     folders = [place.parent for place in root.glob(f"*/*/{FACTS}") if re.fullmatch("[0-9]+", place.parent.name)]
@@ -85,7 +97,14 @@ def find_served(root: Path, names: list[str] | None = None) -> list[Served]:
             )
     if unknown := [name for name in names or () if name not in models]:
         raise ExportError(f"expected names among {', '.join(models)}, got {', '.join(unknown)}")
-    return [models[name] for name in names or models]
+    chosen = [models[name] for name in names or models]
+    return [served if served.arm == BASE else _adapted(served) for served in chosen] if mode == "adapter" else chosen
+
+
+def _adapted(served: Served) -> Served:
+    if form := served.adapter_form():
+        return form
+    raise ExportError(f"{served.folder}: this adapter can be served merged only (run.json says why, only_merged)")
 
 
 def base_file(root: Path) -> Path:

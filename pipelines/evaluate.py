@@ -119,12 +119,6 @@ class Models:
         adapter = [adapter_dir(arm, seed) / name for name in ("adapter_config.json", "adapter_model.safetensors")]
         return [BASE / "base.json", *([] if arm == BASE_ARM else adapter)]
 
-    def also_read(self, arm: str, seed: int) -> list[Path]:
-        """Files with weights of an exported arm that Hugging Face reads instead of the GGUF."""
-        if not self.exported or self.backend != "hf":
-            return []
-        return [BASE / "base.json", *([] if arm == BASE_ARM else [adapter_dir(arm, seed)])]
-
     def open(self, arm: str, seed: int) -> Engine:
         return self._ollama(arm, seed) if self.backend == "ollama" else self._local(arm, seed)
 
@@ -156,12 +150,29 @@ class Models:
         )
 
     def _ollama(self, arm: str, seed: int) -> Engine:
-        from export.register import register
+        from export.register import keep_registered
+        from trainers.encode import encode_prompt
+        from trainers.models import load_tokenizer
 
         name = model_name(arm, seed, self._params.first_seed)
         host, served = resolve_host(), served_in(gguf_dir(arm, seed), name)
-        register(host, served)
-        return OllamaEngine(host, name, served.serving.num_ctx, parallel=self._params.evaluate.parallel)
+        form = keep_registered(host, served)
+        tokenizer = load_tokenizer(load_reference()[0])
+        return OllamaEngine(
+            host,
+            name,
+            served.serving.num_ctx,
+            expected=lambda asked: encode_prompt(tokenizer, served.serving.render(asked)),
+            parallel=self._params.evaluate.parallel,
+            mode=form.mode,
+        )
+
+
+def weights(backend: str, arm: str, seed: int) -> list[Path]:
+    """Other folders from which a backend may read weights of an exported arm."""
+    if backend == "hf":
+        return [BASE / "base.json", *([] if arm == BASE_ARM else [adapter_dir(arm, seed)])]
+    return [gguf_dir(BASE_ARM, 0)] if backend == "ollama" and arm != BASE_ARM else []  # in mode adapter
 
 
 def measure_speed(section: Evaluate, models: Models, arms: dict[str, int], items: list[Item]) -> list[dict[str, Any]]:
@@ -238,7 +249,7 @@ def run(params: Params, arm: str, seed: int) -> None:
     with exclusive(lock, f"evaluate {arm} seed {seed}"), _removed_in_the_end(journals), staged(out) as folder:
         record = start_run("evaluate", params=settings, inputs=inputs, arm=arm, seed=seed, prompt_template=template)
         with models.open(arm, seed) as mine:
-            read = {**inputs, **hash_inputs(*models.also_read(arm, seed))}
+            read = {**inputs, **hash_inputs(*(weights(models.backend, arm, seed) if models.exported else []))}
             journal = Journal(journals / f"{answers_key(section, mine, read, facts)[:16]}.jsonl")
             results = answer(mine, splits, journal, section.max_tokens, facts["stop"], f"{arm}-{seed}")
             backend = {

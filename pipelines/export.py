@@ -38,6 +38,7 @@ from export.modelfile import Serving
 from export.proof import Checked, problems, prove, verify_record
 from export.served import (
     ADAPTER_GGUF,
+    ADAPTER_MODELFILE,
     F16_GGUF,
     FACTS,
     MODELFILE,
@@ -46,6 +47,7 @@ from export.served import (
     Served,
     base_file,
     make_references,
+    modelfile_text,
     write_references,
 )
 from pipelines.base_model import load_reference
@@ -251,14 +253,16 @@ def run(params: Params, arm: str, seed: int) -> None:
         elif adapter:
             (folder / F16_GGUF).unlink()
         shutil.rmtree(merged.parent)
-        (folder / MODELFILE).write_text(serving.modelfile(), encoding="utf-8")
+        (folder / MODELFILE).write_text(modelfile_text(serving, out), encoding="utf-8")
         write_json(folder / FACTS, serving.as_json())
         parent = sha256(adapter / "adapter_model.safetensors") if adapter else None
         files = [("merged_gguf" if adapter else "base_gguf", SERVED_GGUF, parent)]
         if quantized and not adapter:  # the base that adapters were trained on
             files.append(("base_gguf", F16_GGUF, parent))
         if (folder / ADAPTER_GGUF).is_file():
-            files.append(("adapter_gguf", ADAPTER_GGUF, parent))
+            text = modelfile_text(serving, out, base_file(GGUF))
+            (folder / ADAPTER_MODELFILE).write_text(text, encoding="utf-8")
+            files += [("adapter_gguf", ADAPTER_GGUF, parent), ("modelfile", ADAPTER_MODELFILE, None)]
         files.append(("modelfile", MODELFILE, None))
         record.artifacts += [artifact(kind, folder / name, out / name, parent) for kind, name, parent in files]
         finish_run(record, folder)

@@ -1,14 +1,16 @@
 """Stage verify: verified/<arm>/<seed>/verify.json, whether what is served is what was trained.
 
 It begins with the rows of the files themselves, which stage export compared with Hugging Face.
-Always on llama.cpp in this process, merged and as base and adapter, each prompt in several forms; where an Ollama
-server answers, the merged model is registered there and checked as well, against Hugging Face's answers and against
-llama.cpp's.
+Always on llama.cpp in this process, in both modes, each prompt in several forms; where an Ollama server answers, the
+model is registered there and checked as well, against Hugging Face's answers and against llama.cpp's.
 """
 
 import json
 from functools import partial
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, field_validator
 
 from db.files import (
     exclusive,
@@ -26,8 +28,8 @@ from export.engines.llama_cpp import open_in_process
 from export.engines.ollama_engine import resolve_host, server_version
 from export.proof import against, problems, show, verify_record
 from export.proof import verify as verify_model
-from export.register import open_on_server, register
-from export.served import PARITY, base_file, served_in
+from export.register import keep_registered, open_on_server
+from export.served import MODES, PARITY, base_file, served_in
 from pipelines.params import Share, StageParams, check_arm
 from pipelines.stage import BASE_ARM, SPEED_LOCK, command, gguf_dir, model_name, verified_dir
 from trainers.settings import Positive, Section
@@ -39,6 +41,14 @@ class Verify(Section):
     prompts: Positive
     min_answers_equal: Share
     min_answers_equal_quantized: Share
+    control_scale: Annotated[float, Field(gt=0, description="factor on the adapter's scale in the control")]
+
+    @field_validator("control_scale")
+    @classmethod
+    def _perturbs(cls, scale: float) -> float:
+        if scale == 1.0:
+            raise ValueError("expected another factor than 1, which perturbs nothing; 0.5 is a scale that is half lost")
+        return scale
 
 
 class Params(StageParams):
@@ -65,13 +75,13 @@ def run(params: Params, arm: str, seed: int) -> None:
             prompt_template=served.serving.template,
             device=llama_cpp_device(),
         )
-        host = resolve_host()
-        rows = verify_model(open_in_process, served, section.prompts, with_adapter=True)
+        how, host = (served, MODES, section.prompts, section.control_scale), resolve_host()
+        rows = verify_model(open_in_process, *how)
         if server_version(host) is not None:
             with exclusive(SPEED_LOCK):
-                register(host, served)
-                on_server = verify_model(partial(open_on_server, host), served, section.prompts)
-                rows += against(on_server, rows)
+                # A model that the server has as base and adapter stays so; any other is registered merged.
+                keep_registered(host, served)
+                rows += against(verify_model(partial(open_on_server, host), *how), rows)
         parity = served.folder / PARITY
         of_files = read_record(parity, VerifyRecord).rows if parity.is_file() else []
         content = verify_record(arm, seed, name, [*of_files, *rows])

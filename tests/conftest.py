@@ -162,7 +162,7 @@ def served_tree(exported, base_dir, adapter_dir, prompts, once):
     """gguf/ as stage export writes it, for the base and one arm, with Hugging Face's answers."""
     from export.engines.hf import HfEngine
     from export.modelfile import Serving
-    from export.served import make_references, write_references
+    from export.served import make_references, modelfile_text, write_references
 
     def make(root):
         serving = Serving(template=TEMPLATE, stop=["</s>"], num_ctx=256, adds_bos=True, bos_token="<s>")
@@ -173,8 +173,9 @@ def served_tree(exported, base_dir, adapter_dir, prompts, once):
             shutil.copy(exported / file, folder / "model.gguf")
             if adapter:
                 shutil.copy(exported / "adapter.gguf", folder / "adapter.gguf")
+                (folder / "Modelfile.adapter").write_text(modelfile_text(serving, folder, root / "base/0/model.gguf"))
             (folder / "serving.json").write_text(json.dumps(serving.as_json()))
-            (folder / "Modelfile").write_text(serving.modelfile())
+            (folder / "Modelfile").write_text(modelfile_text(serving, folder))
             with HfEngine(str(base_dir), TEMPLATE, adapter=adapter) as engine:
                 write_references(folder, make_references(engine, serving, questions, SERVED_TOKENS, engine.render, {}))
 

@@ -61,6 +61,7 @@ def full_name(name: str) -> str:
 @dataclass
 class Model:
     gguf: Path
+    adapter: Path | None
     stored: str  # digest of the weights as stored
     digest: str  # of the whole model
     template: str
@@ -72,17 +73,20 @@ class Model:
 class OllamaDouble:
     """A server to use in a `with` block.
 
-    `reply`: rendered prompt → answer, whose tokens are BOS and UTF-8 bytes; None runs llama.cpp on the uploaded GGUF.
-    `times` is how many generations `misbehave` goes on; `size_vram` the bytes on the GPU, answer of /api/ps.
+    `reply`: rendered prompt → answer; None runs llama.cpp on the uploaded GGUF. `tokenize`: text → token ids, with
+    `reply` only; BOS and one token per UTF-8 byte by default. From `version` 0.34.1 on adapters are refused, as the
+    real one does. `times` is how many generations `misbehave` goes on; `size_vram` the bytes on the GPU, answer of
+    /api/ps.
 
     `misbehave` may be set at any time. Of a generation: "die" breaks off and is gone, "hang" never answers, "drop"
-    closes the connection, "error_500_n_times", "wrong_json",
+    closes the connection, "wrong_template" renders a BOS too many, "error_500_n_times", "wrong_json",
     "missing_response", "not_done" (a 200 with something else than a finished answer), "missing_fields" (an older
     release, without counts, times and reasons). Of a creation: "no_success", "break_create" end early, the latter
     within the stream, "forget_settings" stores no parameters.
     """
 
     reply: Callable[[str], str] | None = None
+    tokenize: Callable[[str], list[int]] = lambda text: [1, *text.encode()]
     version: str = "0.32.0"
     misbehave: str | None = None
     size_vram: int = 0
@@ -132,15 +136,21 @@ class OllamaDouble:
         self.blobs[digest] = beside.replace(path)
 
     def create(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        [gguf] = map(self.blobs.get, body["files"].values())
+        """The statuses of a creation; the refusals that come before any status are raised at once."""
+        if body.get("adapters") and tuple(map(int, self.version.split("."))) >= (0, 34, 1):
+            raise Refusal(400, "LoRA adapters are no longer supported")
+        gguf, adapter = (next(map(self.blobs.get, (body.get(k) or {}).values()), None) for k in ("files", "adapters"))
         assert gguf is not None
+        return self._create(body, gguf, adapter)
+
+    def _create(self, body: dict[str, Any], gguf: Path, adapter: Path | None) -> Iterator[dict[str, Any]]:
         stored = hashlib.sha256(b"rewritten" + gguf.read_bytes()).hexdigest()
         yield {"status": f"creating new layer sha256:{stored}"}
         if self.misbehave in ("no_success", "break_create"):
             return
         parameters = {} if self.misbehave == "forget_settings" else body.get("parameters") or {}
-        model = Model(gguf, stored, "", body["template"], body.get("system") or "", parameters)
-        layers = [stored, model.template, model.system, body.get("license"), model.parameters]
+        model = Model(gguf, adapter, stored, "", body["template"], body.get("system") or "", parameters)
+        layers = [stored, adapter and adapter.name, model.template, model.system, body.get("license"), model.parameters]
         model.digest = hashlib.sha256(json.dumps(layers, sort_keys=True).encode()).hexdigest()
         self.models[full_name(body["model"])] = model
         yield {"status": "success"}
@@ -174,7 +184,8 @@ class OllamaDouble:
                 # Go prints 0.0 as 0 and quotes texts.
                 text = json.dumps(one, ensure_ascii=False) if isinstance(one, str) else f"{one:g}"
                 lines.append(f"{key:<30} {text}")
-        modelfile = f"FROM /models/blobs/sha256-{model.stored}\nTEMPLATE {model.template}\n"
+        adapter = f"ADAPTER /models/blobs/{model.adapter.name}\n" if model.adapter else ""
+        modelfile = f"FROM /models/blobs/sha256-{model.stored}\n{adapter}TEMPLATE {model.template}\n"
         system = {"system": model.system} if model.system else {}
         return {"template": model.template, **system, "parameters": "\n".join(lines), "modelfile": modelfile}
 
@@ -210,6 +221,7 @@ class OllamaDouble:
         if model.system and messages[0]["role"] != "system":
             messages = [*conversation("", model.system)[:1], *messages]
         rendered = asked if body.get("raw") else render_go(model.template, messages)
+        rendered = "<s>" * (self.misbehave == "wrong_template") + rendered
         if body.get("_debug_render_only"):
             yield {**base, "response": "", "done": False, "_debug_info": {"rendered_template": rendered}}
             return
@@ -223,7 +235,7 @@ class OllamaDouble:
     def _by_reply(self, model: Model, rendered: str, options: dict[str, Any]) -> tuple[Any, ...]:
         """Text and what is TOLD; a byte of the answer counts as one token, and so does its end."""
         assert self.reply is not None
-        prompt = [1, *rendered.encode()][-options["num_ctx"] :]  # the real one cuts, too, and says nothing
+        prompt = self.tokenize(rendered)[-options["num_ctx"] :]  # the real one cuts, too, and says nothing
         data, reason = cut(self.reply(rendered), options.get("stop") or []).encode(), "stop"
         if 0 <= options["num_predict"] < len(data):
             data, reason = data[: options["num_predict"]], "length"
@@ -232,9 +244,9 @@ class OllamaDouble:
 
     def _by_llama(self, model: Model, rendered: str, options: dict[str, Any]) -> tuple[Any, ...]:
         room = options["num_ctx"]
-        key = (model.gguf, room)
+        key = (model.gguf, model.adapter, room)
         if key not in self._engines:
-            self._engines[key] = SamplingEngine(model.gguf, "{prompt}", num_ctx=room, threads=1)
+            self._engines[key] = SamplingEngine(model.gguf, "{prompt}", num_ctx=room, adapter=model.adapter, threads=1)
         engine = self._engines[key]
         engine.options = options
         prompt = engine.tokenize(rendered)[-room:]

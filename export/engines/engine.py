@@ -93,6 +93,7 @@ class Engine(ABC):
     stop: tuple[str, ...] = ()  # where a call names none
     precision: str | None = None  # of most weights, e.g. "F16"
     load_ns: int | None = None  # where it happened in this process
+    note: str | None = None  # what must be known of the model asked, e.g. that it is a temporary copy
 
     @property
     @abstractmethod

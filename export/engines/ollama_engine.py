@@ -10,6 +10,7 @@ import random
 import re
 import ssl
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -20,8 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
+from export import MergedOnlyError
 from export.engines.engine import Asked, Engine, EngineError, Generation, Phases, Raw
 from export.modelfile import Serving
+from export.served import Mode
 
 if TYPE_CHECKING:
     from ollama import Client
@@ -92,7 +95,8 @@ def _open_client(url: str, timeout_s: float) -> "Client":
 def _explained(url: str, timeout_s: float) -> Iterator[None]:
     """Turns what the client raises into errors that name the server and say what to do.
 
-    Raises EngineError: no connection, a broken one, or an error from the server.
+    Raises EngineError: no connection, a broken one, or an error from the server. MergedOnlyError: this release
+    of Ollama takes no adapters.
     """
     import httpx
     from ollama import ResponseError
@@ -100,7 +104,11 @@ def _explained(url: str, timeout_s: float) -> Iterator[None]:
     try:
         yield
     except ResponseError as error:
-        raise _refusal(f"Ollama at {url} answered {error.status_code}: {error.error}", error.status_code) from error
+        message = f"Ollama at {url} answered {error.status_code}: {error.error}"
+        if "adapters are no longer supported" in error.error:
+            hint = "releases from 0.34.1 on take no LoRA adapters: register the merged GGUF without one"
+            raise MergedOnlyError(f"{message}; {hint}") from error
+        raise _refusal(message, error.status_code) from error
     except httpx.TimeoutException as error:
         raise EngineError(
             f"Ollama at {url} said nothing for {timeout_s} s; see its log, or raise the time allowed",
@@ -192,6 +200,7 @@ class Stored:
 
     digest: str  # of the whole model
     stored_sha256: str | None  # of its weights, which creating rewrites
+    mode: Mode
     template: str
     system: str  # "" where there is none
     parameters: dict[str, list[object]]
@@ -223,6 +232,7 @@ def stored_model(host: str | None, name: str) -> Stored | None:
     return Stored(
         digest,
         weights[1] if weights else None,
+        "adapter" if re.search(r"^ADAPTER ", modelfile, re.MULTILINE) else "merged",
         str(content.get("template") or ""),
         str(content.get("system") or ""),
         parse_parameters(str(content.get("parameters") or "")),
@@ -326,32 +336,35 @@ class Retry:
 class OllamaEngine(Engine):
     """One model on one server, which puts what is asked into the model's own TEMPLATE. Safe for several threads.
 
-    `timeout_s` is its longest silence. `parallel` requests are in flight in `generate_many`; how
+    With `expected` (what is asked → Hugging Face ids of it as rendered) every request is checked: the server must have
+    seen as many tokens. `timeout_s` is its longest silence. `parallel` requests are in flight in `generate_many`; how
     many of them the server works on at once is its own OLLAMA_NUM_PARALLEL. `say` gets a line for each further try.
     Raises EngineError: no server, or it does not have the model.
     """
 
     name = "ollama"
-    mode = "merged"
 
     def __init__(
         self,
         host: str | None,
         model: str,
         num_ctx: int,
+        expected: Callable[[Asked], list[int]] | None = None,
         *,
         timeout_s: float = LOAD_S,
         parallel: int = 1,
         retry: Retry | None = None,
+        mode: str = "merged",
         stored: Stored | None = None,
         say: Callable[[str], None] | None = None,
     ):
-        self.host, self.model, self.stored = resolve_host(host), model, stored
+        self.host, self.model, self.mode, self.stored = resolve_host(host), model, mode, stored
         if stored is not None:
             self.stop = tuple(str(word) for word in stored.parameters.get("stop", []))
-        self._num_ctx, self._timeout_s, self._parallel = num_ctx, timeout_s, parallel
-        self._retry = retry or Retry()
+        self._num_ctx, self._expected = num_ctx, expected
+        self._timeout_s, self._parallel, self._retry = timeout_s, parallel, retry or Retry()
         self._say = say or (lambda line: print(line, file=sys.stderr))
+        self._lock = threading.Lock()
         self._device: str | None = None
         self.version = require_server(self.host)
         known = list_models(self.host)
@@ -382,20 +395,21 @@ class OllamaEngine(Engine):
     def generate(self, asked: Asked, max_tokens: int, stop: Sequence[str] | None = None) -> Generation:
         """A text goes to /api/generate, a conversation to /api/chat. Without stop words the registered ones count.
 
-        What does not fit into num_ctx the server cuts and says nothing: stage export checks that every item fits.
-        Raises EngineError: the connection broke, or the server refused.
+        Raises EngineError: the connection broke, the server refused, or it saw another number of tokens than Hugging
+        Face's tokenizer gives.
         """
         if not asked or max_tokens < 1:
             raise EngineError(
                 f"expected a prompt and max_tokens ≥ 1, got {asked!r} and {max_tokens}; Ollama would "
                 "load the model and answer nothing"
             )
+        ids = self._fitting(asked, max_tokens)
         answer = self._ask(asked, self._options(max_tokens, stop))
         reason = answer.done_reason
         if reason not in ("stop", "length", None):
             raise EngineError(f"expected Ollama at {self.host} to end with 'stop' or 'length', got {reason!r}")
         times = answer.load_duration, answer.prompt_eval_duration, answer.eval_duration
-        return Generation(str(_text(answer)), answer.prompt_eval_count, answer.eval_count, *times, reason)
+        return Generation(str(_text(answer)), self._seen(answer, ids), answer.eval_count, *times, reason)
 
     def generate_many(
         self, prompts: Sequence[Asked], max_tokens: int, stop: Sequence[str] | None = None
@@ -409,6 +423,7 @@ class OllamaEngine(Engine):
         first piece of text, less the time of loading; None where the server does not say how long that was.
         """
         prompt = f"{prefix} {prompt}"
+        ids = self._fitting(prompt, tokens)
 
         def stream(client: Any) -> tuple[Any, int]:
             started, first, part = time.perf_counter_ns(), None, None
@@ -421,7 +436,7 @@ class OllamaEngine(Engine):
         load = last.load_duration
         return {
             "ttft": (1, None if load is None else max(first - load, 0)),  # two clocks
-            "prefill": (last.prompt_eval_count, last.prompt_eval_duration),
+            "prefill": (self._seen(last, ids), last.prompt_eval_duration),
             "decode": (last.eval_count, last.eval_duration),
         }
 
@@ -442,6 +457,36 @@ class OllamaEngine(Engine):
         # With an empty prompt the server would load the model, too, but not say how long that took.
         ns: int | None = self._ask("x", self._options(1)).load_duration
         return ns
+
+    def _fitting(self, asked: Asked, max_tokens: int) -> int | None:
+        """Tokens of what is asked, where the tokenizer is known; refused where they and the answer do not fit."""
+        if self._expected is None:
+            return None
+        with self._lock:  # tokenizers in Rust refuse two threads at once
+            ids = len(self._expected(asked))
+        if ids + max_tokens > self._num_ctx:
+            raise EngineError(
+                f"expected prompt and answer within num_ctx {self._num_ctx}, got {ids} + {max_tokens} "
+                "tokens; Ollama would cut the prompt and say nothing. Raise num_ctx"
+            )
+        return ids
+
+    def _seen(self, answer: Any, ids: int | None) -> int | None:
+        """Prompt tokens that the server saw; refused where they are others than expected."""
+        seen: int | None = answer.prompt_eval_count
+        if ids is None or seen is None or seen == ids:
+            return seen
+        causes = "BOS or the template differ between training and serving"
+        if seen == ids + 1:
+            causes += " (one more: BOS comes twice, or the server adds one that training did not have)"
+        elif seen == ids - 1:
+            causes += " (one less: training had a BOS that the GGUF does not add)"
+        elif seen < ids:
+            causes += "; releases from 0.30.0 to the fix of ollama#16428 left out cached tokens here, then upgrade"
+        raise EngineError(
+            f"Ollama {self.version} at {self.host} read {seen} prompt tokens for {self.model!r}, expected "
+            f"{ids}: {causes}. Compare export.engines.ollama_engine.render_asked with the training template"
+        )
 
     def _options(self, max_tokens: int, stop: Sequence[str] | None = None) -> dict[str, Any]:
         options: dict[str, Any] = {**GREEDY, "num_predict": max_tokens, "num_ctx": self._num_ctx}

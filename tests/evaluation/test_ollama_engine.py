@@ -77,7 +77,7 @@ def double(tmp_path):
 
 
 def make(double, clock=None, **options):
-    options = {"retry": clock.retry() if clock else Retry(patience_s=0), **options}
+    options = {"retry": clock.retry() if clock else Retry(patience_s=0), "expected": ids, **options}
     return OllamaEngine(double.url, "m", 128, **{"say": lambda line: None, **options})
 
 
@@ -119,20 +119,22 @@ def test_a_greedy_answer_with_counts_and_times(double):
     assert want.items() <= body["options"].items()
 
 
-def test_a_conversation_is_asked_as_one(double, clock):
+def test_a_conversation_is_asked_as_one_with_the_checks_of_a_prompt(double, clock):
     talk = conversation("2 + 1", turns=[("1 + 1", "2")])
     with make(double, clock) as engine:
         plain = engine.generate("2 + 1", 4, ["###"])
         double.misbehave, double.times = "missing_response", 2
         assert engine.generate(talk, 4, ["###"]) == replace(plain, load_ns=LOAD_WARM_NS)
         assert len(clock.pauses) == 2 and engine.render(talk) == engine.render("2 + 1") == "Q: 2 + 1\nA: "
+        with pytest.raises(EngineError, match="within num_ctx 128"):
+            engine.generate(conversation("x" * 120), 4)
     bodies = [body for _, path, body in double.requests if path == "/api/chat"]
     assert [body["messages"] for body in bodies] == [talk] * 4
     assert bodies[0]["options"]["temperature"] == 0 and bodies[3]["_debug_render_only"]
 
 
 def test_a_text_goes_on_as_it_is_and_turns_are_closed_and_filled_anew(double, tmp_path):
-    assert make(double).generate(Raw("It is 7"), 9).text == "7 "  # the length of what was asked
+    assert make(double, expected=None).generate(Raw("It is 7"), 9).text == "7 "  # the length of what was asked
     item = Item("i", "chat", "2 + 1", "3", {}, (("1 + 1", "2"),), "Count.")
     serving = SERVING.model_copy(update={"go": go_of_turns(TEMPLATE, "</s>")})
     register(double.url, served("turns", tmp_path, serving), tmp_path)
@@ -140,11 +142,22 @@ def test_a_text_goes_on_as_it_is_and_turns_are_closed_and_filled_anew(double, tm
     assert render_asked(double.url, "turns", asked_for(item)) == serving.render(asked_for(item)) == expected
 
 
-def test_an_empty_question_is_refused(double):
+@pytest.mark.parametrize(("shift", "said"), [(1, "BOS comes twice"), (-1, "does not add"), (-5, "cached tokens")])
+def test_another_number_of_tokens_is_an_error_that_hints_at_the_cause(double, shift, said):
+    n = len(ids("x"))
+    double.tokenize = lambda text: [1, *text.encode(), 9][: n + shift]
+    with make(double) as engine, pytest.raises(EngineError, match=rf"read {n + shift} .*expected {n}: BOS.*{said}"):
+        engine.generate("x", 4, ["###"])
+
+
+def test_prompts_that_do_not_fit_are_refused_before_they_are_cut(double):
     with make(double) as engine:
-        for prompt, limit in (("", 4), ("x", 0)):
+        for ask in (lambda: engine.generate("x" * 120, 4), lambda: engine.phases("9", "1 + 1", 128)):
+            with pytest.raises(EngineError, match="within num_ctx 128"):
+                ask()
+        for item, limit in (("", 4), ("x", 0)):
             with pytest.raises(EngineError, match="max_tokens ≥ 1"):
-                engine.generate(prompt, limit, ["###"])
+                engine.generate(item, limit, ["###"])
     assert not requests(double)
 
 

@@ -53,6 +53,14 @@ def project(prepared, tmp_path, monkeypatch):
     return folder
 
 
+@pytest.fixture(scope="module")
+def tokenize(base_dir):
+    from transformers import LlamaTokenizer
+
+    tokenizer = LlamaTokenizer.from_pretrained(str(base_dir))
+    return lambda text: list(tokenizer(text)["input_ids"])
+
+
 def read_json(path):
     return json.loads(path.read_text())
 
@@ -68,7 +76,7 @@ def items(folder):
 def requests(server, folder):
     """How often each item was asked; the prompts of speed measurements are others."""
     prompts = {row["prompt"] for _, row in items(folder)}
-    asked = Counter(b.get("prompt") for _, path, b in server.requests if path == "/api/generate")
+    asked = Counter(b["prompt"] for _, path, b in server.requests if path == "/api/generate")
     return Counter({prompt: n for prompt, n in asked.items() if prompt in prompts})
 
 
@@ -87,7 +95,7 @@ def params_of(folder):
 
 
 @pytest.mark.full
-def test_killed_midway_and_started_again(project):
+def test_killed_midway_and_started_again(project, tokenize):
     parallel, total = params_of(project).evaluate.parallel, len(items(project))
     command = [sys.executable, "-m", "pipelines.evaluate", "base"]
 
@@ -95,7 +103,7 @@ def test_killed_midway_and_started_again(project):
         time.sleep(0.05)
         return "Good: 12"
 
-    with OllamaDouble(reply=slowly) as server:
+    with OllamaDouble(reply=slowly, tokenize=tokenize) as server:
         env = {**os.environ, "OLLAMA_HOST": server.url, "PYTHONPATH": str(ROOT)}
         process = subprocess.Popen(command, cwd=project, env=env, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 200
@@ -134,6 +142,6 @@ def test_answers_of_other_weights_are_not_gone_on_from(project):
     assert len({key(), key(device_class="gpu"), key(mode="adapter"), key(changed=longer), key(inputs="2")}) == 5
     more = section.model_copy(update={"parallel": section.parallel + 1})
     assert key(changed=more) == key(), "decides no answer"
-    models = SimpleNamespace(exported=True, backend="hf")
-    read = [str(path) for path in evaluate.Models.also_read(models, "pure_grit", 0)]
-    assert read == ["models/base/base.json", "adapters/pure_grit/0"]
+    arm = [str(p) for p in evaluate.weights("hf", "pure_grit", 0)]
+    assert "adapters/pure_grit/0" in arm and "models/base/base.json" in arm
+    assert [str(p) for p in evaluate.weights("ollama", "pure_grit", 0)] == ["gguf/base/0"]

@@ -40,10 +40,14 @@ def server(request, own_records):
     version = server_version(url)
     if version is None:
         pytest.skip(f"no Ollama server answers at OLLAMA_HOST ({url})")
+    before = set(list_models(url))
     made = ServerUnderTest(url, version, None)
     yield made
-    for name in [name for name in list_models(url) if name.startswith(made.prefix)]:
+    left = {name for name in list_models(url) if name.startswith(made.prefix)}
+    for name in left:
         remove(url, name)
+    verifying = {name for name in set(list_models(url)) - before if name.startswith("grit-verify-")}
+    assert not verifying, f"verification left {verifying} behind"
 
 
 @pytest.fixture(params=["llama_cpp", "ollama"])

@@ -12,7 +12,7 @@ from export import gguf
 from export.diagnosis import ask, first_token
 from export.engines.engine import EngineError, conversation
 from export.engines.llama_cpp import open_in_process
-from export.gguf import quantize
+from export.gguf import quantize, scaled_copy
 from export.go import CONTENT, ELSE_ASSISTANT, END, IF_USER, MESSAGES, go_of_turns
 from export.proof import problems, verify
 from export.register import register
@@ -27,7 +27,6 @@ from tests.export.verify_runs import (
     opened,
     patch,
     rewrite,
-    scale,
     substitute,
 )
 
@@ -66,7 +65,7 @@ def bos_is_written_as_well(folder):
 def test_cause_template_or_bos(tree, kind, spoil, rendered, at, said):
     spoil(tree / "pure_grit/0")
     with opened(kind) as (opener, _):
-        row = one(verify(opener, model(tree)))
+        row = one(verify(opener, model(tree), ["merged"]))
     assert row.rendered == rendered and (row.counted == 0 or not rendered)
     assert re.search(at, row.first_difference) and said in row.first_difference
     assert ("same tokens: expected 100%, got 0%" if rendered else "rendered") in str(problems([row], 0.0))
@@ -83,7 +82,7 @@ def test_cause_bos_that_only_the_server_adds(tree):
                 yield part if count is None else {**part, "prompt_eval_count": count + 1}
 
         double.generate = more
-        row = one(verify(opener, model(tree)))
+        row = one(verify(opener, model(tree), ["merged"]))
     assert row.counted == 0 and "token 1 of the prompt is '<s>'" in row.first_difference
     assert "it comes twice" in row.first_difference
 
@@ -100,7 +99,7 @@ def test_cause_stop_word_that_only_one_side_has(tree, where):
     with opened("ollama") as (opener, double):
         register(double.url, served)
         double.models[LATEST].parameters["stop"] = stops["server"]
-        row = one(verify(opener, served))
+        row = one(verify(opener, served, ["merged"]))
     said = f"{word!r} is a stop word on the server and inside of answers" if where == "server" else "stop words differ"
     assert row.answered < 1 and row.counted == 1
     assert f"Likely cause: stop; {said}: it has {stops['server']}, training {stops['training']}" in row.first_difference
@@ -119,7 +118,7 @@ def test_cause_stop_an_end_token_that_is_none(tree, kind):
     patch(file, "tokenizer.ggml.eos_token_id", 7)
     substitute(served.folder, "</s>", "</t>")
     with opened(kind) as (opener, _):
-        row = one(verify(opener, model(tree)))
+        row = one(verify(opener, model(tree), ["merged"]))
     said = "Likely cause: stop; the answer goes on behind '</t>', which the GGUF does not mark as an end"
     assert row.answered < 1 and said in row.first_difference
 
@@ -131,20 +130,33 @@ def test_cause_stop_a_token_that_ends_and_should_not(tree, kind):
         token = next(ids[1] for ids in seen if len(ids) > 1 and ids[1] not in ids[:1])
     patch(served.folder / "model.gguf", "tokenizer.ggml.eos_token_id", token)
     with opened(kind) as (opener, _):
-        row = one(verify(opener, served))
+        row = one(verify(opener, served, ["merged"]))
     assert row.answered < 1 and "Likely cause: stop; the GGUF marks '" in row.first_difference
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0, 1e-6])
 def test_cause_scale_of_the_adapter_file(tree, factor):
     served = model(tree)
-    scale(served.folder / "adapter.gguf", factor)
-    difference = verify(open_in_process, served, with_adapter=True)[3].first_difference
+    adapter = served.folder / "adapter.gguf"
+    scaled_copy(shutil.copy(adapter, tree / "whole.gguf"), adapter, factor)
+    said = one(verify(open_in_process, served, ["adapter"])).first_difference
     if factor == 1e-6:
-        assert "Likely cause: weights of the adapter" in difference, "no factor that is known brings it back"
+        assert "Likely cause: weights of the adapter" in said, "no factor that is known brings it back"
         return
-    cause = f"scale; the adapter file answers as trained once its scale is multiplied by {1 / factor:.3g}"
-    assert f"Likely cause: {cause}" in difference
+    scale = f"scale; the adapter file answers as trained once its scale is multiplied by {1 / factor:.3g}"
+    assert f"Likely cause: {scale}" in said
+
+
+@pytest.mark.parametrize(("factor", "said"), [(0.5, "counts 0.5 times"), (1e-6, "has no effect")])
+def test_cause_scale_on_the_server(tree, tmp_path, factor, said):
+    served = model(tree)
+    form = served.adapter_form()
+    scaled_copy(form.adapter, tmp_path / "lost.gguf", factor)
+    with opened("ollama") as (opener, double):
+        register(double.url, replace(form, adapter=tmp_path / "lost.gguf"))
+        row = one(verify(opener, served, ["adapter"]))
+    assert row.answered < 1 and row.equal_to_merged < 1
+    assert f"Likely cause: scale; the adapter {said}" in row.first_difference
 
 
 def test_cause_scale_lost_in_the_merge(tree, base_dir, adapter_dir, tmp_path):
@@ -154,7 +166,7 @@ def test_cause_scale_lost_in_the_merge(tree, base_dir, adapter_dir, tmp_path):
     (twice / "adapter_config.json").write_text(json.dumps(config))
     gguf.save_merged(str(base_dir), twice, tmp_path / "merged", {})
     gguf.convert_model(tmp_path / "merged", tree / "pure_grit/0/model.gguf", "x")
-    rows = verify(open_in_process, model(tree), with_adapter=True)
+    rows = verify(open_in_process, model(tree))
     merged, adapter = rows[0], rows[3]
     assert "Likely cause: scale; the adapter counts 2 times as much as trained" in merged.first_difference
     assert adapter.answered == 1 and adapter.equal_to_merged == merged.answered < 1
@@ -166,7 +178,7 @@ def test_cause_quantization(tree, kind):
     longer(served, 60)
     quantize(shutil.copy(served.gguf, tree / "f16.gguf"), served.gguf, "q4_0")
     with opened(kind) as (opener, _):
-        row = one(verify(opener, served))
+        row = one(verify(opener, served, ["merged"]))
     assert row.answered < 1 and "Likely cause: quantization; the weights are Q4_0" in row.first_difference
     assert problems([row], 1.0), "it was exported as f16"
     assert problems([row.model_copy(update={"quantization": "q4_0"})], 1.0) == [], "quantized on purpose"
@@ -193,7 +205,7 @@ def test_cause_rounding_a_tie_on_the_server_alone(tree, monkeypatch):
         double.generate = second_best
         for tie in (lead * 0.9, lead * 1.1):
             monkeypatch.setattr("export.diagnosis.TIE", tie)
-            rows = verify(opener, served)
+            rows = verify(opener, served, ["merged"])
             row = one(rows)
             assert row.answered == pytest.approx(5 / 6) and [r.answered for r in rows[1:]] == [1, 1]
             assert row.tied == pytest.approx(1 / 6 if tie > lead else 0)
@@ -220,7 +232,7 @@ def test_cause_template_that_renders_the_history_for_a_model_of_single_turns(tre
     old = go_of_turns(served.serving.template, "</s>")
     with opened("ollama") as (opener, double):
         register(double.url, replace(served, serving=served.serving.model_copy(update={"go": old})))
-        plain, newline, second = verify(opener, served)
+        plain, newline, second = verify(opener, served, ["merged"])
     assert plain.rendered == newline.rendered == 1 and second.rendered == 0
     assert "TEMPLATE renders what was said before, and the model was trained on single" in second.first_difference
     assert "prompts rendered as in training: expected 100%, got 67%" in str(problems([plain, newline, second], 0.0))
@@ -248,12 +260,10 @@ def test_cause_template_without_an_end_token_between_turns(tree, kind):
             ids=lambda row: engine.tokenize(engine.render(asked(row))),
             answer=lambda row: engine.generate(asked(row), row["max_tokens"]).text.removeprefix(" "),
         )
-    with opened(kind) as (opener, double):
+    with opened(kind) as (opener, _):
         assert problems(verify(opener, served), 0.0) == []
         edit(folder, go=go(""))
-        if double:
-            register(double.url, model(tree))
-        plain, newline, second = verify(opener, model(tree))
+        plain, newline, second = verify(opener, model(tree), ["merged"])
     assert plain.rendered == newline.rendered == 1 and second.rendered == 0
     assert "TEMPLATE writes no '</s>' behind an answer, so that turns run together" in second.first_difference
 
@@ -269,6 +279,6 @@ def test_a_cause_that_cannot_be_found_does_not_hide_the_difference(tree, monkeyp
     rewrite(served.folder, answer=lambda row: "#" + row["answer"][1:])
     with opened("ollama") as (opener, double):
         register(double.url, served)
-        row = one(verify(opener, served))
+        row = one(verify(opener, served, ["merged"]))
     assert row.answered == 0 and row.first_difference.startswith("prompt 0: ")
     assert "Cause not found: " in row.first_difference and "llama.cpp cannot load it" in row.first_difference

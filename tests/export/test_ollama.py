@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from export import ExportError
+from export import ExportError, MergedOnlyError
 from export import register as registration
 from export.engines.engine import EngineError
 from export.engines.ollama_engine import (
@@ -41,8 +41,8 @@ def serving(**changes) -> Serving:
     return Serving(**{"template": TEMPLATE, "num_ctx": 512, "stop": ["###", '\n"é'], **changes})
 
 
-def register(url, name, gguf, serving, *, records):
-    return registration.register(url, Served(name, name, 0, gguf.parent, gguf, None, serving), records)
+def register(url, name, gguf, serving, adapter=None, *, records):
+    return registration.register(url, Served(name, name, 0, gguf.parent, gguf, adapter, serving), records)
 
 
 def sent(double, path):
@@ -127,6 +127,17 @@ def test_any_change_makes_the_model_anew(double, gguf, tmp_path, change):
     assert made.created
     assert (made.digest == first.digest) == (change in {"replaced", "removed", "record lost", "garbled"})
     assert not register(double.url, "m", gguf, after, records=records).created
+
+
+def test_adapter_goes_along_and_new_releases_refuse_it(double, gguf, tmp_path):
+    adapter = tmp_path / "adapter.gguf"
+    adapter.write_bytes(b"GGUF adapter")
+    register(double.url, "m", gguf, serving(), adapter, records=tmp_path)
+    assert double.models["m:latest"].adapter.read_bytes() == b"GGUF adapter"
+    assert register(double.url, "m", gguf, serving(), None, records=tmp_path).created
+    double.version = "0.34.1"
+    with pytest.raises(MergedOnlyError, match=r"from 0\.34\.1 on .*register the merged GGUF"):
+        register(double.url, "m", gguf, serving(), adapter, records=tmp_path)
 
 
 def test_creation_must_end_in_success_with_the_settings_that_were_given(double, gguf, tmp_path):

@@ -10,7 +10,7 @@ from export.engines.engine import Raw, conversation
 from export.engines.llama_cpp import Vocabulary
 from export.go import FIND_LAST, go_of_turns, go_template
 from export.modelfile import Serving
-from export.served import FACTS, REFERENCE, find_served, read_references, served_in
+from export.served import FACTS, REFERENCE, find_served, modelfile_text, read_references, served_in
 from tests.export.verify_runs import edit
 
 TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
@@ -30,10 +30,11 @@ def test_go_template_keeps_every_other_character_or_refuses():
             go_template(template)
 
 
-def test_the_text_is_what_ollama_documents():
+def test_the_text_is_what_ollama_documents(tmp_path):
     made = serving(stop=["###", 'say "x"', "\n\n"], go="{{ .System }}\n{{ .Prompt }}", system='Be "brief".')
-    assert made.modelfile() == (
-        "FROM ./model.gguf\n"
+    assert modelfile_text(made, tmp_path / "gguf/arm/0", tmp_path / "gguf/base/0/model.gguf") == (
+        "FROM ../../base/0/model.gguf\n"
+        "ADAPTER ./adapter.gguf\n"
         'TEMPLATE """{{ .System }}\n{{ .Prompt }}"""\n'
         'SYSTEM """Be "brief"."""\n'
         "PARAMETER num_ctx 512\n"
@@ -44,7 +45,8 @@ def test_the_text_is_what_ollama_documents():
         'PARAMETER stop """say "x""""\n'
         'PARAMETER stop """\n\n"""\n'
     )
-    assert serving(license="MIT").modelfile().splitlines()[-1] == 'LICENSE "MIT"'
+    first, *_, last = serving(license="MIT").modelfile().splitlines()
+    assert (first, last) == ("FROM ./model.gguf", 'LICENSE "MIT"')
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import shutil
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 from export.diagnosis import ask
 from export.engines.llama_cpp import open_in_process
 from export.ollama import app
-from export.register import open_on_server, register
+from export.register import open_on_server
 from export.served import REFERENCE, find_served, read_references
 from tests.ollama_double import OllamaDouble
 
@@ -29,20 +30,12 @@ def run(*arguments):
 
 @contextmanager
 def opened(kind):
-    """(opener of a model, double or None); the server gets a model when it is opened for the first time."""
+    """(what opens a model, double or None)."""
     if kind == "llama_cpp":
         yield open_in_process, None
         return
     with OllamaDouble() as double:
-
-        @contextmanager
-        def opener(served):
-            if f"{served.name}:latest" not in double.models:
-                register(double.url, served)
-            with open_on_server(double.url, served) as engine:
-                yield engine
-
-        yield opener, double
+        yield partial(open_on_server, double.url), double
 
 
 def model(tree, name=ARM):
@@ -67,14 +60,6 @@ def patch(file, field, value):
     found = reader.get_field(field)
     found.parts[found.data[0]][0] = value
     reader.data.flush()
-
-
-def scale(adapter, factor):
-    """B·A counts `factor` times as much."""
-    field = GGUFReader(adapter, "r+").get_field("adapter.lora.alpha")
-    alpha = field.parts[field.data[0]]
-    alpha[0] *= factor
-    alpha.flush()
 
 
 def rewrite(folder, **changes):

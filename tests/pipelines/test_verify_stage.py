@@ -14,6 +14,8 @@ from db.errors import OutputError
 from db.files import exclusive
 from export import ExportError
 from export.gguf import quantize
+from export.register import register
+from export.served import served_in
 from pipelines import profile, verify
 from pipelines.check import parse_params
 from pipelines.stage import SPEED_LOCK
@@ -72,13 +74,39 @@ def test_a_server_that_answers_is_verified_as_well(params, monkeypatch):
     with OllamaDouble() as server:
         monkeypatch.setenv("OLLAMA_HOST", server.url)
         verify.run(params, "pure_grit", 0)
+        assert list(server.models) == ["pure_grit_model:latest"], "registered, and nothing of the checks is left"
         model = server.models["pure_grit_model:latest"]
     rows = written("pure_grit")
     assert [(r["backend"], r["mode"]) for r in rows] == [
-        ("llama_cpp", "merged"), ("llama_cpp", "adapter"), ("ollama", "merged")]  # fmt: skip
-    assert all(r["answered"] == 1.0 for r in rows)
+        ("llama_cpp", "merged"), ("llama_cpp", "adapter"), ("ollama", "merged"), ("ollama", "adapter")]  # fmt: skip
+    assert all(r["answered"] == 1.0 for r in rows) and rows[3]["perturbed_noticed"] is True
     assert (rows[2]["server_digest"], rows[2]["stored_sha256"]) == (model.digest, model.stored)
     assert rows[2]["backend_version"] == "0.32.0"
+
+
+def test_a_model_that_is_served_as_base_and_adapter_stays_so(params, tree, monkeypatch):
+    form = served_in(tree / "pure_grit/0").adapter_form()
+    with OllamaDouble() as server:
+        monkeypatch.setenv("OLLAMA_HOST", server.url)
+        register(server.url, form)
+        model = server.models["pure_grit_model:latest"]
+        server.requests.clear()
+        verify.run(params, "pure_grit", 0)
+        created = [body["model"] for _, path, body in server.requests if path == "/api/create"]
+        assert len(created) == 2 and all(name.startswith("grit-verify-") for name in created), "merged, and the control"
+        assert server.models == {"pure_grit_model:latest": model} and model.adapter
+        assert written("pure_grit")[3]["server_digest"] == model.digest
+
+        model.parameters["temperature"] = 0.7  # of somebody else: another digest, so the model is stale
+        model.digest = "0" * 64
+        verify.run(params, "pure_grit", 0)
+        anew = server.models["pure_grit_model:latest"]
+        assert anew.adapter and anew.parameters["temperature"] == 0.0
+
+        server.version = "0.35.0"
+        anew.digest = "1" * 64
+        verify.run(params, "pure_grit", 0)
+        assert not server.models["pure_grit_model:latest"].adapter, "this release takes none, so it is served merged"
 
 
 def test_nobody_times_models_on_a_server_meanwhile(params, monkeypatch):
@@ -87,7 +115,7 @@ def test_nobody_times_models_on_a_server_meanwhile(params, monkeypatch):
             pass
         raise ExportError("held")
 
-    monkeypatch.setattr(verify, "register", registered)
+    monkeypatch.setattr(verify, "keep_registered", registered)
     with OllamaDouble() as server, pytest.raises(ExportError, match="held"):
         monkeypatch.setenv("OLLAMA_HOST", server.url)
         verify.run(params, "base", 0)
@@ -103,7 +131,11 @@ def test_a_quantized_model_must_answer_as_llama_cpp_does_and_not_gibberish(param
         patched.setenv("OLLAMA_HOST", server.url)
         whole = server.generate
 
-        server.generate = lambda body: ({**p, "response": "?" if p["response"] else ""} for p in whole(body))
+        def other(body):
+            merged = server.model(body).adapter is None
+            return ({**p, "response": "?" if merged and p["response"] else p["response"]} for p in whole(body))
+
+        server.generate = other
         with pytest.raises(ExportError, match=r"llama\.cpp's of the same files: expected 90%, got 0%"):
             verify.run(lax, "pure_grit", 0)
     reader = GGUFReader(model, "r+")
