@@ -5,8 +5,8 @@ finished. Rows of tasks that are not among them stay as they are in results/real
 `python -m benchmarks.real FOLDER…`.
 """
 
+import argparse
 import json
-import sys
 from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
@@ -44,9 +44,9 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    folders = [Path(name) for name in sys.argv[1:]]
-    if not folders or not all((folder / "outputs/centralized.db").is_file() for folder in folders):
-        sys.exit("expected folders of finished projects (outputs/centralized.db), e.g. python -m benchmarks.real .")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, help="projects with outputs/centralized.db")
+    folders = parser.parse_args().folders
     rows = [row for folder in folders for row in rows_of(folder)]
     tasks = {row["task"] for row in rows}
     before = json.loads(FILE.read_text(encoding="utf-8"))["rows"] if FILE.is_file() else []

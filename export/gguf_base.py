@@ -1,7 +1,6 @@
 """A GGUF file as a base: its weights and tokenizer as a Hugging Face folder, proved against llama.cpp.
 
-Sources: a path that ends in .gguf, `package:NAME/FILE.gguf` for a file in an installed Python package, and
-`ollama:NAME` for a model of the local Ollama. The weights are dequantized by transformers and stored in float16. The
+The weights are dequantized by transformers and stored in float16. `trainers.gguf_file` finds the file. The
 tokenizer is rebuilt from the file, because transformers 5.17 builds some wrongly (for SmolLM2: another EOS, and digits
 are not split); it has to give llama.cpp's ids for thousands of texts.
 """
@@ -14,87 +13,17 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from db.files import key_of
 from export import ExportError
 from export.converters import split_steps
 from export.gguf import open_gguf
-from trainers.encode import encode_prompt, longest_first
+from trainers.encode import encode_prompt
 
-PACKAGE, OLLAMA, SUFFIX = "package:", "ollama:", ".gguf"
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6  # kinds of tokens (llama.h, enum llama_token_type)
 _VARIANTS = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "default": "gpt-2"}  # other names of the same splits
 _FORK: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-
-
-# --- where the file is ------------------------------------------------------------------------------------------------
-
-
-def is_gguf(source: str) -> bool:
-    return source.startswith((PACKAGE, OLLAMA)) or source.endswith(SUFFIX)
-
-
-def locate(source: str) -> Path:
-    """The GGUF file that a source names. Raises ExportError: there is none, and what to do."""
-    if source.startswith(PACKAGE):
-        package, _, name = source.removeprefix(PACKAGE).partition("/")
-        spec = find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise ExportError(f"package {package} is not installed; run `pip install {package.replace('_', '-')}`")
-        file = Path(spec.submodule_search_locations[0], name)
-    elif source.startswith(OLLAMA):
-        file = _ollama_blob(source.removeprefix(OLLAMA))
-    else:
-        file = Path(source).expanduser()
-    if not file.is_file():
-        raise ExportError(f"{source}: no such file ({file})")
-    return file
-
-
-def control_tokens(file: Path) -> list[str]:
-    """The texts that llama.cpp reads as control tokens wherever they stand, longest first."""
-    fields = open_gguf(file).fields
-    tokens, kinds = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type"))
-    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind in (_UNKNOWN, _CONTROL)]
-    return longest_first(control)
-
-
-def mark(file: Path) -> str:
-    """A hash that changes with the file; cheap, since such files are large."""
-    stat = file.stat()
-    return key_of([file.name, stat.st_size, stat.st_mtime_ns])
-
-
-def weights_bytes(file: Path) -> int:
-    """Size of the weights in 16 bit."""
-    return 2 * sum(int(tensor.n_elements) for tensor in open_gguf(file).tensors)
-
-
-def _ollama_blob(name: str) -> Path:
-    """The weights of a model of the local Ollama: as /api/show names them, or without a server as its manifest does."""
-    from export.engines.ollama_engine import full_name, weights_file
-
-    store = Path(os.environ.get("OLLAMA_MODELS") or Path.home() / ".ollama/models")
-    model, _, tag = full_name(name).rpartition(":")
-    parts = model.split("/")
-    place = Path(*["registry.ollama.ai", "library"][: max(0, 3 - len(parts))], *parts, tag)
-    manifest = store / "manifests" / place
-    if manifest.is_file():
-        layers = json.loads(manifest.read_text(encoding="utf-8")).get("layers") or []
-        digests = [layer["digest"] for layer in layers if layer.get("mediaType", "").endswith("image.model")]
-        if digests:
-            return store / "blobs" / digests[0].replace(":", "-")
-    file = weights_file(name)
-    if file is None:
-        raise ExportError(f"ollama:{name}: no such model in {store}, and no Ollama answers that has it")
-    if not file.is_file():
-        raise ExportError(
-            f"ollama:{name}: its weights, {file}, are on another machine; set OLLAMA_MODELS, or copy them"
-        )
-    return file
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------

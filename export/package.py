@@ -205,7 +205,8 @@ def _code(text: str) -> str:
 
 def _base(base: BaseReference) -> str:
     if Path(base.location) == EMBEDDED:
-        unpacked = read_json(EMBEDDED / "base.json").get("gguf")
+        file = EMBEDDED / "base.json"
+        unpacked = read_json(file).get("gguf") if file.is_file() else None
         what = f"{_code(unpacked['file'])}, dequantized" if unpacked else "a small Llama trained from scratch"
         return f"{what}, in {_code(f'{BASE}/')}"
     if _is_folder(base):

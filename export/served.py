@@ -24,8 +24,9 @@ SERVED_GGUF, F16_GGUF, ADAPTER_GGUF = "model.gguf", "model-f16.gguf", "adapter.g
 MODELFILE, ADAPTER_MODELFILE = "Modelfile", "Modelfile.adapter"
 Mode = Literal["merged", "adapter"]
 MODES: tuple[Mode, ...] = ("merged", "adapter")
-Form = Literal["plain", "newline", "second"]
-"""How people ask: as in training, with the newline that a pipe adds, as the second question of a conversation."""
+Form = Literal["plain", "newline", "second", "rendered"]
+"""How people ask: as in training, with the newline that a pipe adds, as the second question of a conversation; and the
+rendered text itself."""
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from db.files import key_of, read_json, sha256
-from export import ExportError, gguf_base
 from pipelines.params import ConfigError, Share
 from pipelines.stage import BASE, BASE_ARM, adapter_dir
+from trainers import TrainingError, gguf_file
 from trainers.embedded_base import SPECIAL, EmbeddedSettings
 from trainers.encode import control_tokens
 from trainers.models import hub_reason, load_base_model, load_tokenizer
@@ -33,7 +33,7 @@ class PrepareBase(EmbeddedSettings):
 
     @model_validator(mode="after")
     def _fits_the_source(self) -> Self:
-        if gguf_base.is_gguf(self.source):
+        if gguf_file.is_gguf(self.source):
             extra = {"vision": self.vision, "merge_source": self.merge_source, "revision": self.revision}
             lines = [f"{key}: expected null with a GGUF file, which is read as text, got {value!r}"
                      for key, value in extra.items() if value is not None]  # fmt: skip
@@ -47,7 +47,7 @@ class PrepareBase(EmbeddedSettings):
 
 def local_folder(source: str, key: str = "source") -> Path | None:
     """The folder that `source` names, or None for a hub id or a GGUF file."""
-    if gguf_base.is_gguf(source):
+    if gguf_file.is_gguf(source):
         return None
     path = Path(source).expanduser()
     if path.is_dir():
@@ -125,8 +125,8 @@ def control_tokens_of(section: PrepareBase) -> list[str]:
     """The texts that this base reads as control tokens, before stage prepare_base has run."""
     if section.source == "embedded":
         return list(SPECIAL.values())
-    if gguf_base.is_gguf(section.source):
-        return gguf_base.control_tokens(gguf_base.locate(section.source))
+    if gguf_file.is_gguf(section.source):
+        return gguf_file.control_tokens(gguf_file.locate(section.source))
     location = str(local_folder(section.source) or section.source)
     return control_tokens(
         load_tokenizer(BaseReference(location, section.revision, None, None, section.trust_remote_code))
@@ -139,8 +139,8 @@ def base_has_changed() -> bool:
     content = read_json(file) if file.is_file() else {}
     try:
         if content.get("kind") == "gguf":
-            return gguf_base.mark(gguf_base.locate(content["source"])) != content["source_mark"]
-    except ExportError:
+            return gguf_file.mark(gguf_file.locate(content["source"])) != content["source_mark"]
+    except TrainingError:
         return False  # the copy is all that is needed
     try:
         load_reference()

@@ -44,7 +44,7 @@ from pipelines.params import (
 )
 from pipelines.prompt import CHAT
 from pipelines.stage import BASE_ARM, clear_errors, cli
-from trainers import BASELINE, arms, theirs
+from trainers import BASELINE, arms, gguf_file, theirs
 from trainers.settings import TrainSettings
 from trainers.words import suggest
 
@@ -202,8 +202,8 @@ def write_code_hashes(params: Params, pipeline: Path = Path("dvc.yaml"), folder:
     used = {"trainers.arms": (), "evaluation.tasks": (params.prepare_data.task,)}
     hashes = {stage: code_hash(f"pipelines.{stage}", plugins=used) for stage in stages}
     source = params.prepare_base.source
-    if gguf_base.is_gguf(source):
-        hashes["prepare_base"] = key_of([hashes["prepare_base"], gguf_base.mark(gguf_base.locate(source))])
+    if gguf_file.is_gguf(source):
+        hashes["prepare_base"] = key_of([hashes["prepare_base"], gguf_file.mark(gguf_file.locate(source))])
     elif folder_of_base := local_folder(source) if source != "embedded" else None:
         hashes["prepare_base"] = key_of([hashes["prepare_base"], fingerprint(folder_of_base)])
     for arm in params.matrix.arms:
@@ -229,8 +229,8 @@ def check_base(section: PrepareBase) -> None:
     source, revision = section.merge_source or section.source, section.revision if key == "source" else None
     kwargs = {"revision": revision, "trust_remote_code": section.trust_remote_code}
     try:
-        if gguf_base.is_gguf(source):
-            gguf_base.check(gguf_base.locate(source))
+        if gguf_file.is_gguf(source):
+            gguf_base.check(gguf_file.locate(source))
             return
         gguf.check_base(str(local_folder(source, key) or source), kwargs)
     except ExportError as error:

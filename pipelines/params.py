@@ -193,13 +193,13 @@ def stages_at_once(raw: Any) -> int:
 
 def weights_bytes(source: str, revision: str | None) -> int | None:
     """Size of a model's weights in a GGUF file, a folder or the hub's cache; None if they are in none of these."""
-    from export import ExportError, gguf_base
+    from trainers import TrainingError, gguf_file
 
     folder = Path(source).expanduser()
-    if gguf_base.is_gguf(source):
+    if gguf_file.is_gguf(source):
         try:
-            return gguf_base.weights_bytes(gguf_base.locate(source))
-        except ExportError:  # stage check explains it
+            return gguf_file.weights_bytes(gguf_file.locate(source))
+        except TrainingError:  # stage check explains it
             return None
     if not folder.is_dir():
         from huggingface_hub import snapshot_download

@@ -33,6 +33,7 @@ from pipelines.code import code_hash
 from pipelines.params import ConfigError, StageParams, load_params
 from pipelines.prompt import CHAT, Prompt
 from pipelines.stage import BASE, DATA, cli, main_for, split_files
+from trainers import gguf_file
 from trainers.embedded_base import EmbeddedSettings, train_base
 from trainers.models import faster_precision, load_tokenizer
 from trainers.pictures import load_processor
@@ -91,11 +92,11 @@ def _train(section: PrepareBase, template: str, folder: Path) -> dict[str, Any]:
 
 def _unpack(section: PrepareBase, folder: Path) -> dict[str, Any]:
     """A GGUF file's model in `folder`, and the content of base.json."""
-    file = gguf_base.locate(section.source)
+    file = gguf_file.locate(section.source)
     items = [Item.from_json(row) for row in read_jsonl(DATA / "retention.jsonl")]
     texts = dict.fromkeys(text for item in items for text in (item.prompt, item.completion))
     facts = gguf_base.unpack(file, folder, [*texts])
-    marks = {"source": section.source, "source_mark": gguf_base.mark(file), "fingerprint": sha256(file), "gguf": facts}
+    marks = {"source": section.source, "source_mark": gguf_file.mark(file), "fingerprint": sha256(file), "gguf": facts}
     return {"kind": "gguf", "pictures": False, **marks, **asdict(BaseReference(BASE.as_posix()))}
 
 
@@ -128,7 +129,7 @@ def run(params: Params) -> None:
             weights = folder / "model.safetensors"
             record.artifacts.append(artifact("base_model", weights, BASE / weights.name))
         else:
-            content = _unpack(section, folder) if gguf_base.is_gguf(section.source) else reference_for(section)
+            content = _unpack(section, folder) if gguf_file.is_gguf(section.source) else reference_for(section)
             write_json(folder / "base.json", content)
             reference, _ = load_reference(folder)
             from transformers import AutoConfig

@@ -17,6 +17,7 @@ unless --force is given.
 """
 
 import io
+import re
 import textwrap
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +26,7 @@ import typer
 from omegaconf import OmegaConf
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.representer import RoundTripRepresenter
 
 from db.files import write_text
 from pipelines.check import parse_params
@@ -119,6 +121,18 @@ def _merge(files: list[Path]) -> dict[str, Any]:
     return dict(whole)
 
 
+class _Representer(RoundTripRepresenter):
+    """Writes 2e-05 as 2.0e-05, which every reader takes for a number (PyYAML would read the former as a text)."""
+
+
+_Representer.add_representer(
+    float,
+    lambda representer, value: representer.represent_scalar(
+        "tag:yaml.org,2002:float", re.sub(r"^(-?\d+)e", r"\1.0e", repr(value))
+    ),
+)
+
+
 def compose(name: str, folder: Path = PROFILES) -> str:
     """The text of params.yaml for a profile, with the comments of tiny.yaml or of the file that changed the value.
 
@@ -129,6 +143,7 @@ def compose(name: str, folder: Path = PROFILES) -> str:
     sources = ", ".join(map(str, files))
     parse_params(settings, sources)
     yaml = YAML()
+    yaml.Representer = _Representer
     yaml.width = 200
     content, *others = (yaml.load(file.read_text(encoding="utf-8")) for file in files)
     _fill(content, settings, others)

@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -237,15 +236,6 @@ def stored_model(host: str | None, name: str) -> Stored | None:
         str(content.get("system") or ""),
         parse_parameters(str(content.get("parameters") or "")),
     )
-
-
-def weights_file(name: str, host: str | None = None) -> Path | None:
-    """Where the server keeps the weights of a model, on its machine; None where no server answers or has the model."""
-    if server_version(host) is None or full_name(name) not in list_models(host):
-        return None
-    content = _post(resolve_host(host), "/api/show", {"model": name}, ANSWER_S)
-    place = re.search(r"^FROM (.*)$", str(content.get("modelfile") or ""), re.MULTILINE)
-    return Path(place[1].strip()) if place else None
 
 
 def parse_parameters(text: str) -> dict[str, list[object]]:

@@ -16,6 +16,7 @@ from export.engines.llama_cpp import LlamaCppEngine
 from tests.conftest import TEMPLATE
 from tests.export.test_model_families import TOLERANCE, Built, in_process, prompts
 from tests.export.verify_runs import logits_apart
+from trainers import TrainingError, gguf_file
 
 CHAT = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
 
@@ -141,21 +142,21 @@ def test_where_a_source_is(tmp_path, monkeypatch, smollm):
     (store / "blobs").mkdir()
     blob = shutil.copyfile(smollm, store / "blobs" / digest.replace(":", "-"))
     for name in ("small", "small:latest", "me/small:v1", "hf.co/me/small:Q8_0"):
-        assert gguf_base.is_gguf(f"ollama:{name}") and gguf_base.locate(f"ollama:{name}") == blob
+        assert gguf_file.is_gguf(f"ollama:{name}") and gguf_file.locate(f"ollama:{name}") == blob
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "a_package").mkdir()
     (tmp_path / "a_package/__init__.py").touch()
     shutil.copyfile(smollm, tmp_path / "a_package/model.gguf")
-    assert gguf_base.locate("package:a_package/model.gguf") == tmp_path / "a_package/model.gguf"
+    assert gguf_file.locate("package:a_package/model.gguf") == tmp_path / "a_package/model.gguf"
     for source, reason in {
-        "ollama:other": "no such model in .*store, and no Ollama answers",
+        "ollama:other": "no such model in .*store, and no Ollama that has it",
         "package:no_such_package/model.gguf": "run `pip install no-such-package`",
         "package:a_package/other.gguf": "no such file",
         str(tmp_path / "other.gguf"): "no such file",
     }.items():
-        with pytest.raises(ExportError, match=reason):
-            gguf_base.locate(source)
-    assert gguf_base.weights_bytes(smollm) == 2 * sum(int(np.prod(t.shape)) for t in GGUFReader(smollm).tensors)
+        with pytest.raises(TrainingError, match=reason):
+            gguf_file.locate(source)
+    assert gguf_file.weights_bytes(smollm) == 2 * sum(int(np.prod(t.shape)) for t in GGUFReader(smollm).tensors)
 
 
 def test_weights_that_compute_something_else_are_refused(base_dir, tmp_path):
