@@ -200,20 +200,20 @@ class TrainSettings(Section):
 
     def layer_config(self) -> Any:
         """`layers` as a `grit_vlm.ModelGRITConfig`, without natural gradients, which arms add; raises GritVlmError."""
-        import grit_vlm
+        from grit_vlm import GritVlmError, ModalityConfig, ModelGRITConfig, get_model_config
 
         values = {key: value for key, value in (self.layers or {}).items() if value is not None}
         keys = (*MODALITIES, "configuration", "max_layers_per_modality")
         if strange := [f"{key}: unknown key{suggest(key, keys)}" for key in values if key not in keys]:
-            raise grit_vlm.GritVlmError("\n".join(strange))
+            raise GritVlmError("\n".join(strange))
         name, most = values.pop("configuration", None), values.pop("max_layers_per_modality", None)
         if (name is None) == (not values):
             got = f"{name!r} and {', '.join(values) or 'none'}"
             expected = f"a name, or null beside some of {', '.join(MODALITIES)}"
-            raise grit_vlm.GritVlmError(f"configuration: expected {expected}; got {got}")
-        config = grit_vlm.get_model_config(name) if name else grit_vlm.ModelGRITConfig()
+            raise GritVlmError(f"configuration: expected {expected}; got {got}")
+        config = get_model_config(name) if name else ModelGRITConfig()
         for modality, entry in values.items():
-            setattr(config, modality, grit_vlm.ModalityConfig.from_dict(entry, modality))
+            setattr(config, modality, ModalityConfig.from_dict(entry, modality))
         config.max_layers_per_modality = config.max_layers_per_modality if most is None else most
         config.global_rank, config.global_alpha, config.global_dropout = self.rank, self.alpha, self.dropout
         return config
