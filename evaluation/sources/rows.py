@@ -287,11 +287,12 @@ def _test_split(
 
 
 def _marks(where: RowSource, reader: FieldReader) -> list[str]:
-    """The columns that say which rows are learned, except for those that `columns` sets to null."""
+    """The columns that say which rows are learned, except for classes and for those that `columns` sets to null."""
+    classes = {*reader.table.labels, *(["label"] if "text" in reader.columns else [])}
     return [
         column
         for column in reader.table.columns
-        if column not in reader.columns.values()
+        if column not in (*reader.columns.values(), *classes)
         and where.columns.get(column, "") is not None
         and is_mark(column, (raw.values.get(column) for raw in reader.table.rows))
     ]

@@ -328,6 +328,7 @@ MARKED = {
     "thumbs down": ({"prompt": "a", "completion": "b", "rating": -1}, None),
     "deleted": ({"text": "a b", "deleted": True}, None),
     "a class": ({"prompt": "a", "completion": "b", "label": "sports"}, ("b",)),
+    "a class of texts": ({"text": "a b", "label": 0}, (" b",)),
     "a score": ({"prompt": "a", "completion": "b", "score": 0.3}, ("b",)),
     "a pair": ({"messages": TURNS, "chosen": TURNS, "rejected": TURNS[:1]}, BOTH),
 }  # fmt: skip
