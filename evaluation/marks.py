@@ -27,7 +27,9 @@ class Mark(Enum):
 NOT_LEARNED = "not to be learned: "
 """How the reason begins for which a row with such a mark is left out."""
 _MARKS = {name: mark for mark in Mark for name in mark.value.split()}
-_TRUTH = dict.fromkeys(("true", "yes", "1", "1.0"), True) | dict.fromkeys(("false", "no", "0", "0.0", "-1"), False)
+_YES = "true yes 1 1.0 good chosen accepted preferred desirable correct"
+_NO = "false no 0 0.0 -1 -1.0 bad rejected dispreferred undesirable incorrect"
+_TRUTH = dict.fromkeys(_YES.split(), True) | dict.fromkeys(_NO.split(), False)
 
 
 def mark_of(name: str) -> Mark | None:

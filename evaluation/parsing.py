@@ -5,6 +5,8 @@ import sys
 import unicodedata
 from fractions import Fraction
 
+from trainers.words import tidy
+
 # --- yes and no ---
 
 _MARKDOWN = re.compile(r"[*_`#>]+")  # replaced by a blank, which also turns not_entailment into two words
@@ -243,7 +245,6 @@ def _arrived_at(text: str) -> Fraction | None:
 
 # Chinese and Japanese put no spaces between words; each of their characters counts as one.
 _UNSPACED = re.compile("([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])")
-_SPACE = re.compile(r"\s+")
 
 
 def words(text: str) -> list[str]:
@@ -259,7 +260,7 @@ def words(text: str) -> list[str]:
 
 def same_text(text: str, reference: str) -> bool:
     """Equality up to case, white space, Unicode composition and a final period."""
-    first, second = (_SPACE.sub(" ", unicodedata.normalize("NFC", t)).strip().casefold() for t in (text, reference))
+    first, second = (tidy(t).casefold() for t in (text, reference))
     return first.removesuffix(".") == second.removesuffix(".")
 
 

@@ -312,6 +312,27 @@ def _unread(task: Task, where: RowSource, readers: Sequence[FieldReader]) -> lis
     return [f"Not read: {names}."] if names else []
 
 
+def _refuse_unlearned(marks: Mapping[str, object]) -> None:
+    """RowError if a row has a mark that it is not to be learned, or one that is unclear."""
+    for name, mark in marks.items():
+        try:
+            learned = is_learned(name, mark)
+        except ValueError as error:
+            raise RowError(name, f"{error}. To learn all rows alike, set {name}: null in columns") from None
+        if learned is False:
+            raise RowError(None, f"{NOT_LEARNED}{name} is {mark!r}")
+
+
+def _refuse_worse(answer: str, name: str, cell: object) -> None:
+    """RowError unless the chosen answer of a pair is the one that is learned, and the rejected one is another."""
+    texts = _strings(cell)
+    is_there = any(answer in text if name == "chosen" else answer == text.strip() for text in texts)
+    if texts and is_there is (name == "rejected"):
+        other = "the answer that is learned" if name == "chosen" else "another answer than is learned"
+        reason = f"expected {other}, {brief(answer)}, got {brief(cell)}"
+        raise RowError(name, f"{reason}. Map the right one in columns, or set {name}: null there")
+
+
 def _strings(value: object) -> list[str]:
     """Every text in a cell, however deep."""
     if isinstance(value, dict):
@@ -334,18 +355,10 @@ def _items(
     pair = [c for c in _PAIR if c in {*table.columns}.difference(fields.columns.values(), marks, where.columns)]
 
     def item_of(raw: RawRow) -> Item:
-        values = settings | fields.values(raw) | {"marks": {}}
-        for name in marks:
-            mark = in_cell(raw.values.get(name))
-            if isinstance(mark, list) and getattr(task, "MARKED_TURNS", False):
-                values["marks"][name] = mark
-                continue
-            try:
-                learned = is_learned(name, mark)
-            except ValueError as error:
-                raise RowError(name, f"{error}. To learn all rows alike, set {name}: null in columns") from None
-            if learned is False:
-                raise RowError(None, f"{NOT_LEARNED}{name} is {mark!r}")
+        said = {name: in_cell(raw.values.get(name)) for name in marks}
+        of_turns = {n: mark for n, mark in said.items() if isinstance(mark, list) and hasattr(task, "MARKED_TURNS")}
+        _refuse_unlearned({name: mark for name, mark in said.items() if name not in of_turns})
+        values = settings | fields.values(raw) | ({"marks": of_turns} if of_turns else {})
         for name, names in classes.items():
             position = values[name]
             if isinstance(position, int) and 0 <= position < len(names):
@@ -354,12 +367,7 @@ def _items(
                 raise RowError(name, f"expected one of {', '.join(names)}, got -1, which marks unpublished labels")
         item = task.make_item(f"{task.NAME}-{split}-{raw.row}", values)
         for name in pair:
-            answers, answer = _strings(raw.values.get(name) or []), item.completion.strip()
-            is_there = any(answer in text if name == "chosen" else answer == text.strip() for text in answers)
-            if answers and is_there is (name == "rejected"):
-                other = "the answer that is learned" if name == "chosen" else "another answer than is learned"
-                reason = f"expected {other}, {brief(answer)}, got {brief(raw.values[name])}"
-                raise RowError(name, f"{reason}. Map the right one in columns, or set {name}: null there")
+            _refuse_worse(item.completion.strip(), name, raw.values.get(name) or [])
         if token := spelled_out(control, *item.texts):
             reason = f"expected text, got {token}, which the base reads as a control token, not as text; take it out"
             raise RowError(None, reason)

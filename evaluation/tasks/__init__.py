@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any, Protocol, cast
 
 from evaluation import EvaluationError
+from trainers.words import tidy
 
 RETENTION = "general"
 
@@ -286,7 +287,7 @@ def optional_text(row: Mapping[str, Any], name: str) -> str:
 def choice(row: Mapping[str, Any], name: str, names: Mapping[str, str]) -> str:
     """The label of a field: `names` maps its possible values (text, bool, number; in lower case) to labels."""
     value = row.get(name)
-    label = names.get(str(value).strip().casefold())
+    label = names.get(tidy(str(value)).casefold())
     if label is None:
         raise RowError(name, f"expected one of {', '.join(names)}, got {'nothing' if value is None else brief(value)}")
     return label
@@ -338,5 +339,5 @@ def by_prompt(item: Item) -> Hashable:
 
 
 def digest(value: str) -> str:
-    """A short name for a text, the same for texts that differ only in case or white space."""
-    return hashlib.sha256(" ".join(value.casefold().split()).encode()).hexdigest()[:16]
+    """A short name for a text, the same for texts that differ only in case, white space or Unicode composition."""
+    return hashlib.sha256(tidy(value).casefold().encode()).hexdigest()[:16]

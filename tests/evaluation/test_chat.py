@@ -325,6 +325,7 @@ MARKED = {
     "KTO, liked": ({"prompt": "a", "completion": "b", "label": True}, ("b",)),
     "KTO in a CSV file": ({"instruction": "a", "output": "b", "kto_tag": "False"}, None),
     "KTO of conversations": ({"messages": TURNS, "label": 0}, None),
+    "KTO in words": ({"prompt": "a", "completion": "b", "label": "rejected"}, None),
     "thumbs down": ({"prompt": "a", "completion": "b", "rating": -1}, None),
     "deleted": ({"text": "a b", "deleted": True}, None),
     "a class": ({"prompt": "a", "completion": "b", "label": "sports"}, ("b",)),

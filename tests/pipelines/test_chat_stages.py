@@ -29,7 +29,10 @@ def turns(n):
 
 def messages(n, role="role", content="content", names=("user", "assistant")):
     output = [text for turn in turns(n) for text in turn]
-    return [{role: names[at % 2], content: text} for at, text in enumerate(output)]
+    said = [{role: names[at % 2], content: text} for at, text in enumerate(output)]
+    if len(said) > 2 and n % 4 == 1:
+        said[1]["weight"] = 0
+    return said
 
 
 def lines(file, rows):
@@ -58,10 +61,10 @@ FORMS = {
     "messages.jsonl": (lines, lambda n: {"messages": [SYSTEM, *messages(n)] if n % 2 else messages(n)}),
     "sharegpt.parquet": (as_parquet, lambda n: {"conversations": messages(n, "from", "value", ("human", "gpt"))}),
     "alpaca.csv": (as_csv, lambda n: {"instruction": turns(n)[0][0], "input": "", "output": f"{n} it is"}),
-    "pairs.json": (as_json, lambda n: {"prompt": turns(n)[0][0], "completion": f"{n} it is"}),
+    "pairs.json": (as_json, lambda n: {"prompt": f" {turns(n)[0][0]} ", "completion": f"    {n} it is\n"}),
     "text.jsonl": (
         lines,
-        lambda n: {"text": f"The {WORDS[n % 6]} no. {n} is near the {WORDS[n // 6 % 6]}. It is old."},
+        lambda n: {"text": f"{' ' * (n % 3)}The {WORDS[n % 6]} no. {n} is near the {WORDS[n // 6 % 6]}. It is old."},
     ),
 }
 
