@@ -264,9 +264,8 @@ class FieldReader:
 
     def _cell(self, raw: RawRow, column: str) -> object:
         cell = raw.values.get(column)
-        if self._missing and _canonical(cell) in self._missing:
-            return None
-        return with_point(cell) if column in self.commas else cell
+        cell = with_point(cell) if column in self.commas else cell
+        return None if self._missing and _canonical(cell) in self._missing else cell
 
     def repeated_gaps(self) -> list[str]:
         """What to say about cells that may mark missing values, because they are no usual numbers and come again."""

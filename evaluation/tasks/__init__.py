@@ -236,7 +236,7 @@ def repunctuate(item: Item, rng: random.Random) -> str:
 _EXACT = Context(prec=400)  # keeps every digit that a float or a decimal column has
 _MISSING = frozenset({"", "na", "n/a", "nan", "null", "none"})
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_DECIMAL_COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
+_DECIMAL_COMMA = re.compile(r"[+−-]?[0-9]+,[0-9]+")
 _THOUSANDS = re.compile(r"[+-]?[1-9][0-9]{0,2},[0-9]{3}")
 _DECIMAL_POINT = re.compile(r"[+-]?[0-9]*\.[0-9]+")
 
@@ -305,16 +305,15 @@ def number(value: object, *, signed: bool = False) -> Decimal:
 
     Of a float that is the shortest decimal that means it.
     """
-    if isinstance(value, str):
-        plain = value.strip()
-        if not _NUMBER.fullmatch(plain):
-            hint = "; write the decimal comma as a point" if _DECIMAL_COMMA.fullmatch(plain) else ""
-            if _THOUSANDS.fullmatch(plain):
-                hint = f"; is it {plain.replace(',', '.')} or {plain.replace(',', '')}? Write it without the comma"
-            raise ValueError(f"expected a number, got {value!r}{hint}")
-    elif isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+    plain = "" if isinstance(value, int) else str(value).strip().replace("−", "-")
+    if isinstance(value, str) and not _NUMBER.fullmatch(plain):
+        hint = "; write the decimal comma as a point" if _DECIMAL_COMMA.fullmatch(plain) else ""
+        if _THOUSANDS.fullmatch(plain):
+            hint = f"; is it {plain.replace(',', '.')} or {plain.replace(',', '')}? Write it without the comma"
+        raise ValueError(f"expected a number, got {value!r}{hint}")
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         raise ValueError(f"expected a number, got {type(value).__name__} {value!r}")
-    result = Decimal(value if isinstance(value, int) else str(value).strip())
+    result = Decimal(value if isinstance(value, int) else plain)
     if not math.isfinite(float(result)):
         raise ValueError(f"expected a finite number, got {str(value)[:40]}")
     if result < 0 and not signed:

@@ -187,6 +187,8 @@ def test_marks_of_missing_values_are_named_where_they_come_again_and_can_be_decl
     ]
     with pytest.raises(EvaluationError, match=r"'-999' stands in 3 cells of p, n.*missing: \[-999\]"):
         read(tmp_path, content, columns, max_refused=0.1)
+    result = read(tmp_path, "p;n\n−999,0;4\n9,5;−0,4\n", columns, missing=[-999])
+    assert readings(result) == [{"no2": "4"}, {"pm25": "9.5", "no2": "0"}]
     result = read(tmp_path, content, columns, missing=[-999, -1, "-", "999"], max_refused=0.0)
     assert len(result.train) == 10 and not any("marks missing" in note for note in result.notes)
     assert readings(result)[:3] == [{"no2": "4"}, {"no2": "5"}, {"pm25": "12.0"}]
