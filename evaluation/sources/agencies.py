@@ -21,7 +21,7 @@ from evaluation.tasks import number
 from trainers.words import as_written
 
 NAMES = ("parameter", "parametername", "aqsparameterdescription", "aqsparameterdesc", "airpollutant", "pollutant",
-         "pollutantid", "pollutantname", "species", "specie")  # fmt: skip
+         "pollutantid", "pollutantname", "pollutanttype", "species", "specie")  # fmt: skip
 INDEX = ("dailyaqivalue", "aqi")
 VALUE = re.compile("value|mean|median|arithmeticmean|(pollutant)?(avg|average)(value)?|samplemeasurement|measurement|"
                    "(?!raw)[a-z0-9]*concentration")  # fmt: skip

@@ -16,7 +16,7 @@ from statistics import median
 
 from evaluation.marks import mark_of
 from evaluation.sources.tabular import RawRow, Table
-from evaluation.sources.units import factor, plain, stated, units_in
+from evaluation.sources.units import MASS, factor, plain, stated, units_in
 from evaluation.tasks import Field, RowError, Task, decimal_commas, is_missing, number, with_point
 from trainers.settings import Section
 from trainers.words import as_written, nearest, suggest
@@ -186,12 +186,20 @@ class FieldReader:
             self.notes.append(f"Decimal commas are read as points in {', '.join(self.commas)}.")
         readings = {name: column for name, column in columns.items() if fields[name].unit}
         self.unit_columns = unit_columns(table, list(readings.values()))
-        self._converted = list[str]()
+        self._converted, self._stated = list[str](), dict[str, list[str]]()  # sentences; field → its units
         self.units = {name: self._unit(name, column, units.get(name)) for name, column in readings.items()}
         if self._converted:
             self.notes.append(f"Units are converted, a gas at 25 °C and 1 atm: {', '.join(self._converted)}.")
         own = {name: column for name, column in readings.items() if column not in self.unit_columns}
         self.unstated = {name: column for name, column in own.items() if self.units[name] is None}
+        gases = [name for name in readings if fields[name].molar_mass]
+        by_mass = next((columns[name] for name in gases if not MASS.keys().isdisjoint(self._stated[name])), None)
+        for name in gases if by_mass else ():
+            if column := self.unstated.get(name):
+                self.problems.append(
+                    f"{name}: expected a unit, since the gas in {by_mass!r} is given by its mass, got none for column "
+                    f"{column!r}. Write it under columns: {name}: {{column: {column}, unit: …}}."
+                )
         if self.unstated:
             as_what = ", ".join(f"{column!r} is read in {fields[name].unit}" for name, column in self.unstated.items())
             self.notes.append(f"No unit is stated: {as_what}. If that is wrong, name the unit in columns.")
@@ -223,6 +231,7 @@ class FieldReader:
                 f"{name}: the lines above the header name {' and '.join(sorted(above))}. Write the unit of column "
                 f"{column!r} under columns: {name}: {{column: {column}, unit: …}}."
             )
+        self._stated[name] = list(where)
         every = next((unit for unit, place in where.items() if place != f"column {beside!r}"), None)
         if every and len(where) > 1:
             found = " and ".join(f"{unit} in {place}" for unit, place in where.items())

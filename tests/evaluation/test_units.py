@@ -169,8 +169,12 @@ def test_a_unit_that_one_row_lacks_or_has_alone_refuses_that_row(tmp_path):
 
 
 def test_units_that_are_converted_or_not_stated_are_named(tmp_path):
-    notes = " ".join(read(tmp_path, "NO2 (µg/m³),CO\n100,4\n", {"no2": "NO2 (µg/m³)", "co": "CO"}).notes)
-    assert "'NO2 (µg/m³)' from µg/m³ to ppb" in notes and "'CO' is read in ppm" in notes
+    notes = " ".join(read(tmp_path, "NO2 (ppm),CO,PM10\n0.1,4,9\n", {"no2": "NO2 (ppm)", "co": "CO"}).notes)
+    assert "'NO2 (ppm)' from ppm to ppb" in notes and "'CO' is read in ppm" in notes
+    with pytest.raises(
+        EvaluationError, match="co: expected a unit, since the gas in 'NO2 .µg/m³.' is given by its mass"
+    ):
+        read(tmp_path, "NO2 (µg/m³),CO\n100,4\n", {"no2": "NO2 (µg/m³)", "co": "CO"})
     with pytest.raises(EvaluationError, match="would fit µg/m³ or ppb"):
         read(tmp_path, "O3\n60\n70\n", {"o3_8h": "O3"})
 
