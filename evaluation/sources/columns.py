@@ -142,15 +142,15 @@ def unit_columns(table: Table, numbers: Collection[str]) -> dict[str, str]:
             continue
         stem = plain(_UNIT_NAME.sub("", column.casefold())) if is_named else ""
         are_units = list(map(_is_unit, {first, *texts}))
-        if all(are_units) or (is_named and (not stem or any(are_units))):
+        if all(are_units) or (is_named and (any(are_units) or any(_is_of(stem, number) for number in numbers))):
             stems[column] = stem
     others = [plain(column) for column in table.columns if column not in stems]
     free = [c for c, stem in stems.items() if not stem or not any(other.startswith(stem) for other in others)]
     front = min((table.columns.index(column) for column in numbers if column in table.columns), default=0)
     result = dict[str, str]()
     for column in numbers:
-        own, place = plain(column), table.columns.index(column) if column in table.columns else front
-        after = [c for c, stem in stems.items() if stem and (own.startswith(stem) or stem.startswith(own))]
+        place = table.columns.index(column) if column in table.columns else front
+        after = [c for c, stem in stems.items() if stem and _is_of(stem, column)]
         right = next((c for c in table.columns[place + 1 :] if c in free), None)
         if units_in(column) and right not in table.columns[place + 1 : place + 2]:
             right = None  # the header has its unit, and another column's stands further away
@@ -158,6 +158,12 @@ def unit_columns(table: Table, numbers: Collection[str]) -> dict[str, str]:
         if best := max(after, key=lambda c: len(stems[c]), default=right or left):
             result[column] = best
     return result
+
+
+def _is_of(stem: str, column: str) -> bool:
+    """Whether a column of units named after `stem` is of a column of numbers: of any if it is just called "unit"."""
+    own = plain(column)
+    return own.startswith(stem) or (own != "" and stem.startswith(own))
 
 
 # --- values ---

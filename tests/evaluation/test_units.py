@@ -147,6 +147,7 @@ CONTRADICTED = {  # content, columns, parts of the only problem
     "a long table, two mapped": ("parameter,a,b\npm25,5,6\n", {"pm25": "a", "pm10": "b"}, "pm25, pm10 are mapped"),
     "an index in the header": ("CO AQI Value\n3\n", {"co": "CO AQI Value"}, "index values .'CO AQI Value'"),
     "an index by camels": ("iaqi.pm25.v\n68\n", {"pm25": "iaqi.pm25.v"}, "index values"),
+    "an index for one column's unit": ("pm25,pm25_unit\n60,index\n", {"pm25": "pm25"}, "index values .'index'"),
     "an index for a unit": ("parameter,value,unit\npm25,77,US AQI\n", {}, "index values .'US AQI'"),
     "aqicn's history": ("date, pm25, pm10, o3, co\n1, 77, 32, 26, 3\n2, 70, , 20, 2\n", {"pm25": "pm25"}, "aqicn.org"),
     "aqicn's bulk files": ("Specie,count,min,max,median,variance\npm25,24,1,80,34,5\n", {"pm25": "median"}, "aqicn"),
