@@ -1,12 +1,13 @@
 """A GGUF file becomes a base that answers and reads as the file does in llama.cpp; what cannot is refused."""
 
 import json
-import os
 import shutil
+from itertools import combinations, islice
 
 import numpy as np
 import pytest
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -14,8 +15,9 @@ from export import ExportError, gguf, gguf_base
 from export.engines.hf import HfEngine
 from export.engines.llama_cpp import LlamaCppEngine
 from tests.conftest import TEMPLATE
-from tests.export.test_model_families import TOLERANCE, Built, in_process, prompts
+from tests.export.test_model_families import TOLERANCE, Built, byte_pairs, in_process, prompts
 from tests.export.verify_runs import logits_apart
+from tests.ollama_double import Model, OllamaDouble
 from trainers import TrainingError, gguf_file
 
 CHAT = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
@@ -24,6 +26,13 @@ CHAT = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}
 @pytest.fixture
 def smollm(base_dir, tmp_path):
     return Built("SmolLM2", base_dir, tmp_path).export("base")
+
+
+def with_texts(file, out, **texts):
+    """A copy of a GGUF file with other values of text fields; a name's dots are written as two underscores."""
+    changes = {name.replace("__", "."): MetadataDetails(GGUFValueType.STRING, text) for name, text in texts.items()}
+    copy_with_new_metadata(GGUFReader(file), GGUFWriter(out, "llama"), changes, [])
+    return out
 
 
 def unpacked(file, folder, texts=()):
@@ -60,13 +69,7 @@ def test_quantized_weights_are_those_that_llama_cpp_computes_with(smollm, tmp_pa
 
 
 def test_special_tokens_template_and_license_are_the_files(smollm, tmp_path):
-    import llama_cpp  # noqa: F401  # its gguf writer sets what the converter leaves out
-    from gguf import GGUFValueType, GGUFWriter
-    from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
-
-    file, text = tmp_path / "chat.gguf", GGUFValueType.STRING
-    extra = {"tokenizer.chat_template": MetadataDetails(text, CHAT), "general.license": MetadataDetails(text, "mit")}
-    copy_with_new_metadata(GGUFReader(smollm), GGUFWriter(file, "llama"), extra, [])
+    file = with_texts(smollm, tmp_path / "chat.gguf", tokenizer__chat_template=CHAT, general__license="mit")
     unpacked(file, tmp_path / "unpacked")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "unpacked")
     assert (tokenizer.chat_template, tokenizer.eos_token, tokenizer.pad_token) == (CHAT, "<|endoftext|>", "<|pad|>")
@@ -77,6 +80,10 @@ def test_special_tokens_template_and_license_are_the_files(smollm, tmp_path):
 
 def cut(file):
     file.write_bytes(file.read_bytes()[:5000])
+
+
+def cut_weights(file):
+    file.write_bytes(file.read_bytes()[:-1000])
 
 
 def text_file(file):
@@ -95,6 +102,7 @@ def field(name, old, new):
     ("spoil", "reason"),
     [
         (cut, "cannot be read"),
+        (cut_weights, "cannot be read"),
         (text_file, "cannot be read"),
         (field("general.architecture", b"llama", b"lambs"), "family that transformers can read .*, got lambs"),
         (field("tokenizer.ggml.pre", b"smollm", b"smelly"), "splits text as smelly"),
@@ -115,18 +123,34 @@ def test_a_text_that_is_read_differently_is_shown(smollm, tmp_path):
         gguf_base.prove_ids(smollm, tokenizer, ["", "What"])
 
 
-def test_an_abort_in_llama_cpp_names_the_text(smollm, monkeypatch):
-    """It takes its own process down, not this one."""
-    import llama_cpp
+def test_an_abort_in_llama_cpp_names_the_text(smollm, tmp_path):
+    """Byte-level BPE called SentencePiece, as an export once did: it takes its own process down, not this one."""
+    file = with_texts(smollm, tmp_path / "called.gguf", tokenizer__ggml__model="llama")
+    with pytest.raises(ExportError, match="breaks down on the text 'bad': .*unordered_map::at.*of another kind"):
+        gguf_base.llama_cpp_ids(file, ["", "bad", "better"])
 
-    read = llama_cpp.Llama.tokenize
 
-    def tokenize(self, text, **kwargs):
-        return os.abort() if text == b"bad" else read(self, text, **kwargs)
+def test_a_byte_that_no_token_has_is_read_alike_or_refused_by_name(tmp_path):
+    """Hugging Face merges across the byte that it leaves out, llama.cpp does not."""
+    built = Built("SmolLM2", None, tmp_path)
+    for file in built.base.glob("tokenizer*"):
+        text = file.read_text()
+        file.write_text(text.replace('"\u0104"', '"\u0104\u0104\u0104"'))  # ByteLevel's spelling of byte 4
+    gguf_file, tokenizer = built.export("base"), AutoTokenizer.from_pretrained(built.base)
+    assert gguf_base.prove_ids(gguf_file, tokenizer, ["\x04", "a\x04b", "##"]) == 3
+    with pytest.raises(ExportError, match=r"read '#\\x04#' as different tokens, from the 1. on: \['##'\] and"):
+        gguf_base.prove_ids(gguf_file, tokenizer, ["#\x04#"])
 
-    monkeypatch.setattr(llama_cpp.Llama, "tokenize", tokenize)
-    with pytest.raises(ExportError, match="breaks down on the text 'bad'"):
-        gguf_base.llama_cpp_ids(smollm, ["good", "bad", "better"])
+
+def test_probe_texts_tell_splits_apart(tmp_path):
+    """With one vocabulary, which has numbers of several digits, so that only the split differs."""
+    built = Built("SmolLM2", None, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(byte_pairs("gpt-2", built.base))
+    texts, file = [*islice(gguf_base.probe_texts(tokenizer), 12)], built.export("base")
+    kinds = ("gpt-2", "llama-bpe", "qwen2")
+    files = [with_texts(file, tmp_path / f"{kind}.gguf", tokenizer__ggml__pre=kind) for kind in kinds]
+    ids = [gguf_base.llama_cpp_ids(file, texts) for file in files]
+    assert all(one != other for one, other in combinations(ids, 2))
 
 
 def test_where_a_source_is(tmp_path, monkeypatch, smollm):
@@ -156,6 +180,10 @@ def test_where_a_source_is(tmp_path, monkeypatch, smollm):
     }.items():
         with pytest.raises(TrainingError, match=reason):
             gguf_file.locate(source)
+    with OllamaDouble() as double, pytest.raises(TrainingError, match="its weights, .*, are not on this machine"):
+        monkeypatch.setenv("OLLAMA_HOST", double.url)
+        double.models["remote:latest"] = Model(smollm, None, "b" * 64, "c" * 64, "", "", {})
+        gguf_file.locate("ollama:remote")
     assert gguf_file.weights_bytes(smollm) == 2 * sum(int(np.prod(t.shape)) for t in GGUFReader(smollm).tensors)
 
 

@@ -1,19 +1,25 @@
 """Stages called as functions, in a separate folder."""
 
 import json
+import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
 
+from db.files import read_json, sha256
 from evaluation.tasks import Item
+from export import ExportError, gguf_base
 from export.engines.engine import EngineError
 from pipelines import base_model, evaluate, prepare_data, profile
 from pipelines.check import parse_params
 from pipelines.params import ConfigError
 from trainers import TrainingError
 from trainers.settings import BaseReference
+
+PIPELINE = Path(__file__).resolve().parents[2] / "dvc.yaml"
 
 
 @pytest.fixture
@@ -27,6 +33,13 @@ def params(tmp_path, monkeypatch):
         return parse_params(raw)
 
     return make
+
+
+@pytest.fixture
+def gguf_source(exported, tmp_path, monkeypatch):
+    """A GGUF file as a base, proved on the data's texts alone."""
+    monkeypatch.setattr(gguf_base, "probe_texts", lambda _: [])
+    return Path(shutil.copyfile(exported / "base.gguf", tmp_path / "mine.gguf"))
 
 
 @pytest.mark.parametrize("source", ["./nowhere", "/no/such/folder", "a/b/c", "no spaces allowed/x y"])
@@ -60,6 +73,60 @@ def test_a_local_base_is_referenced_and_watched(params, tmp_path, base_dir):
     (mine / "config.json").write_text((mine / "config.json").read_text() + " ")
     with pytest.raises(ConfigError, match="has changed since prepare_base ran"):
         base_model.load_reference()
+
+
+def test_a_gguf_base_is_unpacked_and_watched(params, gguf_source, tmp_path, monkeypatch):
+    from pipelines import check, prepare_base
+
+    monkeypatch.setattr(check, "code_hash", lambda *_, **__: "0")
+    p = params(prepare_base={"source": gguf_source.name})
+    check.write_code_hashes(p, PIPELINE, tmp_path / "before")
+    prepare_data.run(p)
+    prepare_base.run(p)
+    record = read_json(tmp_path / "models/base/run.json")
+    assert record["extra"]["gguf"]["source_precision"] == "F16"
+    reference, fingerprint = base_model.load_reference()
+    assert (reference.location, fingerprint) == ("models/base", sha256(gguf_source))
+    assert not base_model.base_has_changed()
+    os.utime(gguf_source, ns=(0, 0))
+    check.write_code_hashes(p, PIPELINE, tmp_path / "after")
+    before, after = ({f.name: f.read_text() for f in (tmp_path / n).iterdir()} for n in ("before", "after"))
+    assert base_model.base_has_changed() and {n for n in after if after[n] != before[n]} == {"prepare_base"}
+    gguf_source.unlink()
+    assert not base_model.base_has_changed(), "the copy is all that is needed"
+
+
+def test_export_refuses_a_base_whose_gguf_reads_differently(params, base_dir, tmp_path, exported, monkeypatch):
+    from pipelines import export, prepare_base
+
+    p = params(prepare_base={"source": str(base_dir)})
+    prepare_data.run(p)
+    prepare_base.run(p)
+    vocabulary = (exported / "base.gguf").read_bytes()
+    assert b"Instruction" in vocabulary
+    monkeypatch.setattr(export.gguf, "save_merged", lambda *_: None)
+    monkeypatch.setattr(
+        export.gguf, "convert_model", lambda _, out, __: out.write_bytes(vocabulary.replace(b"nstr", b"nsrt"))
+    )
+    with pytest.raises(ExportError, match="Hugging Face and llama.cpp read .*Instruction.* as different tokens"):
+        export.run(p, "base", 0)
+    assert not (tmp_path / "gguf/base/0").exists()
+
+
+def test_a_gguf_base_without_a_chat_template_is_refused_where_one_is_asked(params, gguf_source, tmp_path):
+    from pipelines import prepare_base
+
+    p = params(prepare_base={"source": gguf_source.name}, prompt={"template": "chat"})
+    prepare_data.run(p)
+    with pytest.raises(ExportError, match="no chat template"):
+        prepare_base.run(p)
+    assert not (tmp_path / "models/base").exists()
+
+
+def test_a_gguf_base_takes_no_settings_of_another_kind(params):
+    with pytest.raises(ConfigError) as caught:
+        params(prepare_base={"source": "mine.gguf", "revision": "main", "merge_source": "org/name"})
+    assert all(f"{key}: expected null with a GGUF file" in str(caught.value) for key in ("revision", "merge_source"))
 
 
 def test_an_unreachable_hub_is_an_error_that_names_the_local_way():
