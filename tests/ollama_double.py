@@ -187,7 +187,13 @@ class OllamaDouble:
         adapter = f"ADAPTER /models/blobs/{model.adapter.name}\n" if model.adapter else ""
         modelfile = f"FROM /models/blobs/sha256-{model.stored}\n{adapter}TEMPLATE {model.template}\n"
         system = {"system": model.system} if model.system else {}
-        return {"template": model.template, **system, "parameters": "\n".join(lines), "modelfile": modelfile}
+        return {
+            "template": model.template,
+            **system,
+            "parameters": "\n".join(lines),
+            "modelfile": modelfile,
+            "model_info": {},
+        }
 
     def strike(self, body: dict[str, Any]) -> str | None:
         with self.lock:
