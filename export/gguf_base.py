@@ -5,6 +5,7 @@ tokenizer is rebuilt from the file, because transformers 5.17 builds some wrongl
 are not split); it has to give llama.cpp's ids for thousands of texts.
 """
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -345,6 +346,7 @@ def _compute_logits(gguf: Path, rows: list[list[int]], out: Path, log: Path) -> 
 def _quiet(log: Path) -> None:
     """Have llama.cpp's last words go to a file, without a debugger."""
     os.environ["GGML_NO_BACKTRACE"] = "1"
+    faulthandler.disable()
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
 
 
