@@ -17,9 +17,10 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from export import ExportError, converters, gguf, gguf_base
+from export import ExportError, converters, gguf
 from export.engines.llama_cpp import Vocabulary
 from export.gguf import QUANTIZATIONS, REFUSED, Precision, contents, quantize
+from trainers import gguf_file
 from trainers.encode import control_tokens, encode_prompt
 from trainers.models import load_tokenizer
 from trainers.settings import BaseReference
@@ -47,7 +48,7 @@ def test_the_same_gives_the_same_bytes_wherever_it_is_converted(base_dir, adapte
 
 def test_blanks_at_the_start_and_control_tokens_are_the_same_in_hugging_face_and_llama_cpp(base_dir, exported):
     tokenizer = load_tokenizer(BaseReference(str(base_dir)))
-    assert gguf_base.control_tokens(exported / "base.gguf") == control_tokens(tokenizer)
+    assert gguf_file.control_tokens(exported / "base.gguf") == control_tokens(tokenizer)
     with Vocabulary(exported / "base.gguf") as vocabulary:
         for text in (" a", "  a", "    return x\n", "\ta", "\n a", " \n", " ", "\u2581a", "a</s> b", " a</s>  b", "a "):
             assert encode_prompt(tokenizer, text) == vocabulary.ids(text, bos=True), text
