@@ -22,7 +22,7 @@ from export.converters import split_steps
 from export.gguf import open_gguf
 from trainers.encode import encode_prompt
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6  # kinds of tokens (llama.h, enum llama_token_type)
+_CONTROL, _USER, _BYTE = 3, 4, 6  # kinds of tokens (llama.h, enum llama_token_type)
 _VARIANTS = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "default": "gpt-2"}  # other names of the same splits
 _FORK: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 
